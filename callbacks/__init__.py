@@ -1,0 +1,11 @@
+"""When things happen: Lightning callbacks, imported as ``lightning_peft.callbacks``."""
+
+if __name__ == "callbacks":
+    raise ImportError("import lightning_peft.callbacks, not callbacks: the bare name would make every class twice")
+
+from lightning_peft.callbacks.forgetting_evaluation import ForgettingEvaluation, OldTask
+from lightning_peft.callbacks.freeze_schedule import FreezeSchedule, Phase
+from lightning_peft.callbacks.replay_mixing import ReplayMixing
+from lightning_peft.callbacks.zero_init_head import ZeroInitHead
+
+__all__ = ["ForgettingEvaluation", "FreezeSchedule", "OldTask", "Phase", "ReplayMixing", "ZeroInitHead"]

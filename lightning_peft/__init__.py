@@ -1,0 +1,35 @@
+"""Adapt a pretrained network inside a PyTorch Lightning project without wrecking what it knows."""
+
+from lightning_peft.adapters import (
+    Adapter,
+    FullFinetune,
+    LinearProbe,
+    LoRA,
+    adapter_disabled,
+    adapter_state_dict,
+    add_adapter,
+    merge_adapter,
+    remove_adapter,
+    unmerge_adapter,
+)
+from lightning_peft.mixins import AdapterMixin, FullFinetuneMixin, LinearProbeMixin, LoRAMixin, ReplayMixin
+from lightning_peft.version import __version__
+
+__all__ = [
+    "Adapter",
+    "AdapterMixin",
+    "FullFinetune",
+    "FullFinetuneMixin",
+    "LinearProbe",
+    "LinearProbeMixin",
+    "LoRA",
+    "LoRAMixin",
+    "ReplayMixin",
+    "__version__",
+    "adapter_disabled",
+    "adapter_state_dict",
+    "add_adapter",
+    "merge_adapter",
+    "remove_adapter",
+    "unmerge_adapter",
+]

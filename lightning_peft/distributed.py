@@ -1,0 +1,131 @@
+"""Ranks that agree: the only file that touches strategy internals.
+
+DistributedDataParallel decides which gradients it averages when it wraps the module. A parameter freed later gets a
+different gradient on every rank, without an error (Lightning's own finetuning callbacks suffer from it); one frozen
+later stops the run. So every change of what trains is followed by a new wrap.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+
+import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+
+def world_size() -> int:
+    """Return the number of processes of the run; 1 outside a distributed run."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """Return the number of this process, from 0."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def refuse_unsupported(trainer: pl.Trainer, owner: str) -> None:
+    """Stop a run whose strategy cannot change what trains.
+
+    Raises:
+        ValueError: For FSDP1, DeepSpeed and whatever else was never tried.
+    """
+    if not isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy | ModelParallelStrategy):
+        raise ValueError(
+            f"{owner}: strategy {type(trainer.strategy).__name__} is not supported: what trains is fixed when it wraps "
+            "the module. Use a single device, strategy='ddp', or ModelParallelStrategy (FSDP2)."
+        )
+
+
+def rewrap(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    """Let DDP see anew which parameters train; a no-op on other strategies.
+
+    Call it on every rank, at an optimizer-step boundary, after ``requires_grad`` changed. ``strategy.model`` and
+    ``configure_ddp`` are internals of Lightning's strategies; tests hold them to each supported version.
+
+    Raises:
+        RuntimeError: If the ranks' weights differ already; the new wrapper would hide it by a broadcast.
+    """
+    strategy = trainer.strategy
+    if not isinstance(strategy, DDPStrategy) or not isinstance(strategy.model, DistributedDataParallel):
+        return
+    check_ranks_agree(pl_module.named_parameters(), when="before a change of what trains")
+    for parameter in pl_module.parameters():
+        parameter.grad = None
+    strategy.model = None  # the old reducer removes its autograd hooks when it goes
+    strategy.model = pl_module
+    strategy.configure_ddp()
+
+
+def check_ranks_agree(named: Iterable[tuple[str, Tensor]], when: str) -> None:
+    """Compare tensors over ranks, by digest.
+
+    Raises:
+        RuntimeError: On every rank, with the names that differ.
+    """
+    if world_size() == 1:
+        return
+    digests = {name: _digest(tensor) for name, tensor in named}
+    gathered: list[dict[str, str]] = [{} for _ in range(world_size())]
+    dist.all_gather_object(gathered, digests)
+    different = [name for name in digests if any(other.get(name) != digests[name] for other in gathered)]
+    if different:
+        raise RuntimeError(
+            f"check_ranks_agree: {when}, {len(different)} of {len(digests)} tensors differ between ranks, first "
+            f"{different[:3]}. The replicas have drifted apart: something trained without averaging its gradients."
+        )
+
+
+def _digest(tensor: Tensor) -> str:
+    raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return hashlib.blake2b(raw.data, digest_size=8).hexdigest()
+
+
+class _GatherRows(torch.autograd.Function):
+    """All-gather along the first dimension; in backward each rank gets the gradient that all ranks' losses gave it."""
+
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, rows: Tensor, sizes: list[int]) -> Tensor:
+        ctx.sizes = sizes  # type: ignore[attr-defined]
+        padded = rows.new_zeros((max(sizes), *rows.shape[1:]))
+        padded[: len(rows)] = rows
+        gathered = [torch.empty_like(padded) for _ in sizes]
+        dist.all_gather(gathered, padded)
+        return torch.cat([part[:size] for part, size in zip(gathered, sizes, strict=True)])
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, *grads: Tensor) -> tuple[Tensor, None]:
+        sizes: list[int] = ctx.sizes  # type: ignore[attr-defined]
+        total = grads[0].contiguous().clone()
+        dist.all_reduce(total)
+        start = sum(sizes[: rank()])
+        return total[start : start + sizes[rank()]], None
+
+
+def gather_rows(rows: Tensor) -> tuple[Tensor, int]:
+    """Stack the rows of all ranks, with gradient, also when their counts differ.
+
+    Under DDP, which averages the ranks' gradients, a loss that each rank takes over its own rows against all gathered
+    rows then has the gradient of one process on the joint batch.
+
+    Args:
+        rows: This rank's rows, ``(rows, ...)``.
+
+    Returns:
+        The rows of rank 0, 1, ... and the index at which this rank's rows begin.
+
+    >>> gather_rows(torch.ones(2, 3))[0].shape
+    torch.Size([2, 3])
+    """
+    if world_size() == 1:
+        return rows, 0
+    counts = [torch.zeros((), dtype=torch.long, device=rows.device) for _ in range(world_size())]
+    dist.all_gather(counts, torch.tensor(len(rows), device=rows.device))
+    sizes = [int(count) for count in counts]
+    gathered = _GatherRows.apply(rows, sizes)  # type: ignore[no-untyped-call]
+    assert isinstance(gathered, Tensor)
+    return gathered, sum(sizes[: rank()])

@@ -1,0 +1,53 @@
+"""Freeze and free parameters by name, and remember what was ever free, so that a checkpoint can hold it."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from torch import nn
+
+from lightning_peft.adapters.attachment import attachment_of
+
+
+def trainable_names(module: nn.Module) -> list[str]:
+    """List the dotted names of the parameters that require a gradient."""
+    return [name for name, parameter in module.named_parameters() if parameter.requires_grad]
+
+
+def trainable_count(module: nn.Module) -> int:
+    """Count the numbers (not tensors) that require a gradient."""
+    return sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
+
+
+def set_trainable(module: nn.Module, names: Collection[str]) -> bool:
+    """Let exactly the named parameters train; return whether that changed anything.
+
+    A frozen parameter also loses its gradient: optimizers skip ``grad=None``, whereas a zero gradient would still
+    be moved by momentum and weight decay.
+
+    Args:
+        module: The root of the names.
+        names: Parameter names, as ``module.named_parameters()`` gives them.
+    """
+    wanted, changed = set(names), False
+    for name, parameter in module.named_parameters():
+        train = name in wanted
+        if parameter.requires_grad is not train:
+            parameter.requires_grad_(train)
+            changed = True
+        if not train:
+            parameter.grad = None
+    record_trained(module)
+    return changed
+
+
+def record_trained(module: nn.Module) -> None:
+    """Tell every adapted network inside ``module`` which of its parameters train now.
+
+    A base weight that trained for a while has left the pretrained network for good: checkpoints must hold it, also
+    when it is frozen again.
+    """
+    for child in module.modules():
+        attachment = attachment_of(child)
+        if attachment is not None:
+            attachment.ever_trained.update(trainable_names(child))

@@ -1,0 +1,55 @@
+"""Add a loss on old data to every training step."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import lightning.pytorch as pl
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_peft.mixins.order import refuse_order
+
+
+class ReplayMixin(pl.LightningModule):
+    """Let a module learn its task while it rehearses an old one.
+
+    Define ``replay_step(self, batch)``, which returns the loss on a batch of old rows: any loss that practises the old
+    skill. :class:`~lightning_peft.callbacks.ReplayMixing` brings the rows; the training loss becomes
+    ``loss + weight * replay loss``, both in one forward of the wrapped module, so that DDP averages both.
+
+    ``replay_step`` may communicate: every rank calls it in the same steps. A rank that has no row of its own in a step
+    gets one that counts with weight 0.
+    """
+
+    replay: tuple[Any, float] | None = None
+    """The coming step's replay batch and the weight of its loss; ``ReplayMixing`` sets it, one step takes it."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Refuse an order of bases in which the mixin would be skipped."""
+        super().__init_subclass__(**kwargs)
+        refuse_order(cls, ReplayMixin)
+
+    def replay_step(self, batch: Any) -> Tensor:
+        """Return the mean loss over a batch of old rows; yours to define."""
+        raise NotImplementedError(f"{type(self).__name__}: define replay_step(self, batch), the loss on old rows.")
+
+    @override
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        step = super().training_step
+        takes_index = len(inspect.signature(step).parameters) > 1
+        output = step(batch, batch_idx) if takes_index else step(batch)
+        replay, self.replay = self.replay, None
+        if replay is None or output is None:
+            return output
+        loss = self.replay_step(replay[0])
+        self.log("replay/loss", loss.detach())
+        return _add_loss(output, replay[1] * loss)
+
+
+def _add_loss(output: Any, loss: Tensor) -> Any:
+    if isinstance(output, Mapping):
+        return {**output, "loss": output["loss"] + loss}
+    return output + loss

@@ -1,0 +1,89 @@
+"""Tables and figures of a run: on the screen, as JSON and CSV, as a picture."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from lightning_peft.files import write_atomic, write_text
+
+Row = Mapping[str, Any]
+
+
+def format_value(value: object) -> str:
+    """Show a number the way a table should: fractions to three digits, large counts with separators.
+
+    >>> [format_value(v) for v in (0.84213, 1234567, 1e-4, "full", 183.4)]
+    ['0.842', '1,234,567', '0.0001', 'full', '183']
+    """
+    if isinstance(value, float):
+        if 0 < abs(value) < 0.0005:  # noqa: PLR2004
+            return f"{value:g}"
+        return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3f}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def print_table(title: str, columns: Mapping[str, str], rows: Mapping[str, Row], *, first: str = "arm") -> None:
+    """Print rows as a table.
+
+    Args:
+        title: Stands above the table.
+        columns: Key in a row, and the heading of its column.
+        rows: Rows by name.
+        first: Heading of the names.
+    """
+    table = Table(title=title, title_justify="left")
+    table.add_column(first, no_wrap=True)
+    for heading in columns.values():
+        table.add_column(heading, justify="right")
+    for name, row in rows.items():
+        table.add_row(name, *(format_value(row.get(key, "-")) for key in columns))
+    Console().print(table)
+
+
+def save_results(folder: Path, rows: Mapping[str, Row], about: Row) -> None:
+    """Write ``results.json`` (``{"arms": {name: row}, "about": ...}``) and ``results.csv``, each in one step."""
+    write_text(folder / "results.json", json.dumps({"arms": rows, "about": about}, indent=2))
+    keys = list(dict.fromkeys(key for row in rows.values() for key in row))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, ["arm", *keys])
+    writer.writeheader()
+    writer.writerows({"arm": name, **row} for name, row in rows.items())
+    write_text(folder / "results.csv", text.getvalue())
+
+
+def plot_learned_forgotten(
+    file: Path, rows: Mapping[str, Row], skills: Sequence[tuple[str, str]], *, learned: str = "accuracy"
+) -> None:
+    """Draw what each arm learned against what it forgot, a panel per old skill.
+
+    Args:
+        file: The PNG to write.
+        rows: Rows by arm.
+        skills: Pairs of the key of a drop and the title of its panel.
+        learned: Key of the value on the vertical axis.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415 - slow to import, seldom needed
+    from matplotlib.figure import Figure  # noqa: PLC0415
+
+    figure = Figure(figsize=(5.2 * len(skills), 4.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, len(skills), sharey=True, squeeze=False)[0]
+    for panel, (key, title) in zip(panels, skills, strict=True):
+        for number, (name, row) in enumerate(rows.items()):
+            panel.scatter(row[key], row[learned], s=70, color=f"C{number % 10}", label=name, zorder=3)
+        panel.axvline(0, color="0.6", linewidth=1)
+        panel.grid(alpha=0.3)
+        panel.set_title(title)
+        panel.set_xlabel("forgotten: recall@1 before minus after")
+        panel.margins(0.15)
+    panels[0].set_ylabel("learned: sentiment accuracy on test rows")
+    panels[-1].legend(loc="best", frameon=False)
+    write_atomic(file, lambda draft: figure.savefig(draft, dpi=130))

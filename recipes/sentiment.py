@@ -1,0 +1,549 @@
+"""Learn movie-review sentiment with MiniLM and keep what it could do before: three arms, one table, one picture.
+
+Old skill, replayed by the suite: from the first 50 words of an IMDB review, find its next 50 among 500.
+Old skill, never replayed: from the docstring of a HumanEval problem, find its solution among 164.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import random
+import re
+import shutil
+import time
+import warnings
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+import torch.nn.functional as F  # noqa: N812 - the field's name for it
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_only
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from torchmetrics.classification import MulticlassAccuracy
+from typing_extensions import override
+
+from lightning_peft import Adapter, AdapterMixin, FullFinetune, LinearProbe, LoRA, ReplayMixin, merge_adapter
+from lightning_peft.adapters.peft_format import load_adapter, save_adapter
+from lightning_peft.callbacks import ForgettingEvaluation, FreezeSchedule, OldTask, ReplayMixing, ZeroInitHead
+from lightning_peft.data.packaged import Review, human_eval, minilm, movie_reviews
+from lightning_peft.files import write_atomic, write_text
+from lightning_peft.freezing import trainable_count
+from lightning_peft.losses import in_batch_contrastive
+from lightning_peft.metrics import RecallAtOne
+from lightning_peft.reporting import plot_learned_forgotten, print_table, save_results
+
+TOKENS = 64  # 50 words of a review
+CODE_TOKENS = 128
+SPLIT_SEED = 2024  # the split is fixed: --seed changes training, never which rows are test rows
+LABELS = ("negative", "positive")
+# Chosen on the validation rows by benchmarks/sentiment.py --tune, which prints the accuracies of the whole grid.
+LEARNING_RATES = {"probe": 1e-2, "full": 1e-4, "suite": 2e-3}
+COMPONENTS = ("LoRA", "zero head", "head first", "replay")
+
+Pair = tuple[str, str]
+
+
+@dataclass
+class Sentiment:
+    """Fine-tune a sentence encoder for movie-review sentiment, and measure what it forgets.
+
+    Args:
+        arms: Which arms to run: probe (linear probe), full (full fine-tuning, unprotected), suite (LoRA, zero head,
+            head first, replay).
+        ablate: Run the suite and the suite without each of its components instead.
+        seed: Seed of training: initial weights, order of rows, dropout.
+        steps: Optimizer steps of every arm.
+        head_steps: Steps in which the suite trains its head alone.
+        batch_size: New rows of a step in one process.
+        lr: Learning rate, instead of the one chosen on validation rows for each arm.
+        rows: On which rows accuracy is reported; learning rates are chosen on "validation".
+        out: Folder for results, TensorBoard logs, checkpoints and the adapter.
+        resume: Go on with the killed run in this folder: finished arms are kept, the arm in the middle is resumed.
+        model: Hub id or folder of a sentence encoder; unset, the packaged MiniLM.
+        data: CSV file with columns text and label (0 or 1), or hub id of such a data set; unset, the packaged
+            Rotten Tomatoes rows. The old skills stay the same.
+        accelerator: Any Lightning accelerator.
+        devices: Number of devices.
+        strategy: Any Lightning strategy that the schedule supports.
+        precision: Any Lightning precision. 32-true is faster on a CPU without bfloat16 arithmetic.
+    """
+
+    arms: list[Literal["probe", "full", "suite"]] = field(default_factory=lambda: ["probe", "full", "suite"])
+    ablate: bool = False
+    seed: int = 0
+    steps: int = 180
+    head_steps: int = 30
+    batch_size: int = 32
+    lr: float | None = None
+    rows: Literal["test", "validation"] = "test"
+    out: str = "runs/sentiment"
+    resume: bool = False
+    model: str | None = None
+    data: str | None = None
+    accelerator: str = "auto"
+    devices: int = 1
+    strategy: str = "auto"
+    precision: str = "bf16-mixed"
+
+
+# --- data -------------------------------------------------------------------------------------------------------------
+
+
+class SentimentData(pl.LightningDataModule):
+    """Rotten Tomatoes rows split into train, validation and test; IMDB reviews cut into halves as old skill.
+
+    The pairs that are reported (500), those behind the curves (100) and the memory (5,500) are disjoint, and come from
+    another source than the sentiment rows.
+    """
+
+    def __init__(self, tokenizer: Any, options: Sentiment) -> None:
+        super().__init__()
+        self.tokenizer, self.options = tokenizer, options
+        reviews = movie_reviews()
+        labelled = [(row.text, row.label) for row in (read_rows(options.data) if options.data else reviews)]
+        if options.data is None:
+            labelled = [(row.text, row.label) for row in reviews if row.source == "rotten_tomatoes"]
+        random.Random(SPLIT_SEED).shuffle(labelled)
+        if len(labelled) < 3500:
+            raise ValueError(f"sentiment: data={options.data!r} has {len(labelled)} rows; 3,500 are needed at least.")
+        self.test, self.validation, self.train = labelled[:2000], labelled[2000:3000], labelled[3000:]
+        halves = [half_pair(row.text) for row in reviews if row.source == "imdb" and len(row.text.split()) >= 100]
+        random.Random(SPLIT_SEED).shuffle(halves)
+        self.reported, self.guard, self.memory = halves[:500], halves[500:600], halves[600:6100]
+        self.code = [code_pair(problem) for problem in human_eval()]
+
+    def rows(self, rows: list[tuple[str, int]], *, shuffle: bool = False) -> DataLoader[Any]:
+        """Return labelled rows in batches of tokens."""
+        collate = LabelledBatch(self.tokenizer)
+        return DataLoader(rows, self.options.batch_size, shuffle=shuffle, collate_fn=collate)  # type: ignore[arg-type]
+
+    def pairs(self, pairs: list[Pair], tokens: int = TOKENS) -> DataLoader[Any]:
+        """Return pairs of texts in batches of tokens."""
+        return DataLoader(pairs, 50, collate_fn=PairBatch(self.tokenizer, tokens))  # type: ignore[arg-type]
+
+    @override
+    def train_dataloader(self) -> DataLoader[Any]:
+        return self.rows(self.train, shuffle=True)
+
+    @override
+    def val_dataloader(self) -> DataLoader[Any]:
+        return self.rows(self.validation[:320])  # for the curves; all of them only where a learning rate is chosen
+
+    @override
+    def test_dataloader(self) -> DataLoader[Any]:
+        return self.rows(self.validation if self.options.rows == "validation" else self.test)
+
+
+@dataclass
+class LabelledBatch:
+    """Collate (text, label) rows into tokens and labels."""
+
+    tokenizer: Any
+
+    def __call__(self, rows: list[tuple[str, int]]) -> dict[str, Tensor]:
+        """Tokenise, padded to the longest row."""
+        tokens = tokenize(self.tokenizer, [text for text, _ in rows], TOKENS)
+        return {**tokens, "labels": torch.tensor([label for _, label in rows])}
+
+
+@dataclass
+class PairBatch:
+    """Collate pairs of texts into two batches of tokens."""
+
+    tokenizer: Any
+    tokens: int
+
+    def __call__(self, pairs: list[Pair]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Tokenise both sides."""
+        first, second = zip(*pairs, strict=True)
+        return tokenize(self.tokenizer, first, self.tokens), tokenize(self.tokenizer, second, self.tokens)
+
+
+def tokenize(tokenizer: Any, texts: Any, tokens: int) -> dict[str, Tensor]:
+    """Return token ids and mask, cut to ``tokens`` and padded to the longest."""
+    return dict(tokenizer(list(texts), padding=True, truncation=True, max_length=tokens, return_tensors="pt"))
+
+
+def half_pair(text: str) -> Pair:
+    """Return the first 50 words of a text and its next 50."""
+    words = text.split()
+    return " ".join(words[:50]), " ".join(words[50:100])
+
+
+def code_pair(problem: dict[str, str]) -> Pair:
+    """Return the docstring of a HumanEval problem and its solution."""
+    docstrings = re.findall(r"(\"\"\"|''')(.*?)\1", problem["prompt"], re.DOTALL)
+    return docstrings[-1][1].strip(), problem["canonical_solution"]
+
+
+def read_rows(data: str) -> list[Review]:
+    """Read labelled rows from a CSV file, or from the hub.
+
+    Raises:
+        ValueError: If there is neither, or the columns are not there.
+    """
+    if Path(data).suffix == ".csv":
+        with Path(data).open(encoding="utf-8", newline="") as stream:
+            rows: list[dict[str, Any]] = list(csv.DictReader(stream))
+    else:
+        try:
+            from datasets import load_dataset  # noqa: PLC0415 - an extra
+        except ImportError as error:
+            raise ValueError(
+                f"sentiment: data={data!r} is no .csv file, and hub data sets need the extra: "
+                "pip install 'lightning-peft[hub]'."
+            ) from error
+        rows = list(load_dataset(data, split="train"))
+    if not rows or not {"text", "label"} <= rows[0].keys():
+        raise ValueError(f"sentiment: data={data!r} needs the columns text and label; it has {list(rows[:1])}.")
+    return [Review(row["text"], int(row["label"]), data) for row in rows]
+
+
+# --- network ----------------------------------------------------------------------------------------------------------
+
+
+class ReviewNet(pl.LightningModule):
+    """A sentence encoder and a head: an ordinary LightningModule that knows nothing of adapters."""
+
+    def __init__(self, model: str, lr: float, steps: int) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.backbone = load_encoder(model)
+        self.head = nn.Linear(self.backbone.config.hidden_size, len(LABELS))
+        self.lr, self.steps = lr, steps
+        self.accuracy = MulticlassAccuracy(len(LABELS), average="micro")
+
+    def embed(self, tokens: dict[str, Tensor]) -> Tensor:
+        """Return normalised sentence vectors, ``(rows, width)``: the mean of the last hidden state."""
+        hidden = self.backbone(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"]).last_hidden_state
+        mask = tokens["attention_mask"].unsqueeze(-1).to(hidden.dtype)
+        return F.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1)
+
+    @override
+    def forward(self, tokens: dict[str, Tensor]) -> Tensor:
+        logits: Tensor = self.head(5 * self.embed(tokens))
+        return logits
+
+    @override
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        loss = F.cross_entropy(self(batch), batch["labels"])
+        self.log("learn/train_loss", loss, prog_bar=True)
+        return loss
+
+    @override
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        self._score(batch, "learn/accuracy")
+
+    @override
+    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        self._score(batch, "accuracy")
+
+    def _score(self, batch: dict[str, Tensor], key: str) -> None:
+        self.accuracy(self(batch), batch["labels"])
+        self.log(key, self.accuracy, on_step=False, on_epoch=True, batch_size=len(batch["labels"]))
+
+    @override
+    def configure_optimizers(self) -> Any:
+        trainable = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.AdamW(trainable, lr=self.lr, weight_decay=0.01)
+        warm_up, steps = 20, self.steps
+        scheduler = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: min((step + 1) / warm_up, max(0.0, (steps - step) / max(1, steps - warm_up)))
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+class AdaptedReviewNet(ReplayMixin, AdapterMixin, ReviewNet):
+    """The same network on any rung of the ladder, able to rehearse."""
+
+    @override
+    def replay_step(self, batch: tuple[dict[str, Tensor], dict[str, Tensor]]) -> Tensor:
+        return in_batch_contrastive(self.embed(batch[0]), self.embed(batch[1]))
+
+
+def load_encoder(model: str) -> Any:
+    """Load an encoder without its pooler: a layer that never gets a gradient stops DDP."""
+    from transformers import AutoConfig, AutoModel  # noqa: PLC0415 - slow to import
+    from transformers.utils import logging  # noqa: PLC0415
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    pooled = AutoConfig.from_pretrained(model).model_type in {"bert", "roberta", "xlm-roberta", "camembert", "electra"}
+    return AutoModel.from_pretrained(model, **({"add_pooling_layer": False} if pooled else {}))
+
+
+def embed_pair(module: ReviewNet, batch: tuple[dict[str, Tensor], dict[str, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Embed both sides of a batch of pairs: the step of both old skills."""
+    return module.embed(batch[0]), module.embed(batch[1])
+
+
+# --- arms -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Arm:
+    """What one run uses."""
+
+    name: str
+    adapter: Adapter
+    lr: float
+    zero_head: bool = False
+    head_first: bool = False
+    replay: bool = False
+
+
+def arms_of(options: Sentiment) -> list[Arm]:
+    """Return the arms that were asked for.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    rates = LEARNING_RATES if options.lr is None else dict.fromkeys(LEARNING_RATES, options.lr)
+    suite = Arm("suite", LoRA(rank=8, alpha=16), rates["suite"], zero_head=True, head_first=True, replay=True)
+    if options.ablate:
+        return [
+            suite,
+            replace(suite, name="suite without LoRA", adapter=FullFinetune(), lr=rates["full"]),
+            replace(suite, name="suite without zero head", zero_head=False),
+            replace(suite, name="suite without head first", head_first=False),
+            replace(suite, name="suite without replay", replay=False),
+        ]
+    known = {
+        "probe": Arm("probe", LinearProbe(), rates["probe"]),
+        "full": Arm("full", FullFinetune(), rates["full"]),
+        "suite": suite,
+    }
+    if not options.arms:
+        raise ValueError(f"sentiment: arms={options.arms!r} is empty; choose among {list(known)}.")
+    return [known[name] for name in options.arms]
+
+
+def run_arm(arm: Arm, options: Sentiment) -> dict[str, Any]:
+    """Train and measure one arm; return its row of the table."""
+    from transformers import AutoTokenizer  # noqa: PLC0415 - slow to import
+
+    pl.seed_everything(options.seed, workers=True, verbose=False)
+    folder = Path(options.out) / arm.name.replace(" ", "_")
+    path = options.model or str(minilm())
+    data = SentimentData(AutoTokenizer.from_pretrained(path), options)
+    net = AdaptedReviewNet(model=path, lr=arm.lr, steps=options.steps, adapter=arm.adapter)
+    curves = ForgettingEvaluation(
+        {"half_review_guard": OldTask(data.pairs(data.guard), RecallAtOne(), embed_pair)}, every_n_steps=30
+    )
+    skills = ForgettingEvaluation(
+        {
+            "half_review": OldTask(data.pairs(data.reported), RecallAtOne(), embed_pair),
+            "human_eval": OldTask(data.pairs(data.code, CODE_TOKENS), RecallAtOne(), embed_pair),
+        }
+    )
+    checkpoint = ModelCheckpoint(folder, save_last=True, save_top_k=0, every_n_train_steps=30)
+    callbacks: list[pl.Callback] = [curves, skills, checkpoint]
+    if arm.zero_head:
+        callbacks.append(ZeroInitHead("head"))
+    if arm.head_first:
+        callbacks.append(FreezeSchedule.head_first("head", steps=options.head_steps))
+    if arm.replay:
+        callbacks.append(ReplayMixing(data.pairs(data.memory), ratio=0.2, weight=0.3, seed=options.seed))
+    trainer = pl.Trainer(
+        accelerator=options.accelerator,
+        devices=options.devices,
+        strategy=options.strategy,
+        precision=options.precision,  # type: ignore[arg-type]
+        max_steps=options.steps,
+        logger=TensorBoardLogger(folder, name="", version="tensorboard", default_hp_metric=False),
+        callbacks=callbacks,
+        val_check_interval=30,
+        check_val_every_n_epoch=None,
+        num_sanity_val_steps=0,
+        log_every_n_steps=5,
+        enable_model_summary=False,
+    )
+    last = folder / "last.ckpt"
+    began = time.perf_counter()
+    trainer.fit(net, data, ckpt_path=last if options.resume and last.exists() else None)
+    seconds = time.perf_counter() - began
+    trained = trainable_count(net)
+    accuracy = trainer.test(net, data, verbose=False)[0]["accuracy"]
+    trainer.save_checkpoint(folder / "weights.ckpt", weights_only=True)
+    if arm.name == "suite" and trainer.is_global_zero:
+        save_classifier(net, folder / "adapter", options.model)
+    return {
+        "accuracy": accuracy,
+        "recall_before": skills.before["half_review"],
+        "recall_after": skills.after["half_review"],
+        "forgetting": skills.forgetting["half_review"],
+        "unreplayed_before": skills.before["human_eval"],
+        "unreplayed_after": skills.after["human_eval"],
+        "unreplayed_forgetting": skills.forgetting["human_eval"],
+        "trainable_parameters": trained,
+        "checkpoint_bytes": (folder / "weights.ckpt").stat().st_size,
+        "seconds": seconds,
+        "lr": arm.lr,
+    }
+
+
+# --- use --------------------------------------------------------------------------------------------------------------
+
+
+@rank_zero_only
+def save_classifier(net: AdaptedReviewNet, folder: Path, model: str | None) -> None:
+    """Write the adapter in PEFT's format, the head, and which base they belong to."""
+    save_adapter(net.backbone, folder, base=model or "sentence-transformers/all-MiniLM-L6-v2")
+    head = {key: value.detach().cpu().contiguous() for key, value in net.head.state_dict().items()}
+    write_atomic(folder / "head.safetensors", lambda draft: save_file(head, draft))
+    write_text(folder / "sentiment.json", json.dumps({"model": model, "labels": LABELS}))
+
+
+class Classifier:
+    """A trained sentiment classifier: the pretrained encoder, the adapter, the head.
+
+    Args:
+        folder: What :func:`save_classifier` wrote, for instance ``runs/sentiment/suite/adapter``.
+
+    Raises:
+        ValueError: If the folder does not hold a classifier.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        from transformers import AutoTokenizer  # noqa: PLC0415 - slow to import
+
+        folder = Path(folder)
+        if not (folder / "sentiment.json").is_file():
+            raise ValueError(f"Classifier: {str(folder)!r} holds no classifier. Run: lightning-peft sentiment --arms suite.")
+        about = json.loads((folder / "sentiment.json").read_text(encoding="utf-8"))
+        path = about["model"] or str(minilm())
+        self.tokenizer, self.labels = AutoTokenizer.from_pretrained(path), about["labels"]
+        self.net = ReviewNet(path, lr=0.0, steps=0).eval()
+        load_adapter(self.net.backbone, folder)
+        self.net.head.load_state_dict(load_file(folder / "head.safetensors"))
+
+    @torch.no_grad()
+    def __call__(self, texts: str | list[str]) -> list[str]:
+        """Return the label of each text."""
+        rows = [texts] if isinstance(texts, str) else texts
+        return [self.labels[i] for i in self.net(tokenize(self.tokenizer, rows, TOKENS)).argmax(1).tolist()]
+
+    def export(self, folder: str | Path) -> None:
+        """Write the encoder with the adapter merged into it, as a plain transformers folder, and the head beside it."""
+        plain: Any = merge_adapter(self.net.backbone, unload=True)
+        plain.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+        save_file(self.net.head.state_dict(), Path(folder) / "head.safetensors")
+
+
+# --- the run ----------------------------------------------------------------------------------------------------------
+
+COLUMNS = {
+    "accuracy": "accuracy",
+    "recall_before": "replayed skill\nbefore",
+    "recall_after": "\nafter",
+    "forgetting": "\nforgotten",
+    "unreplayed_before": "never replayed\nbefore",
+    "unreplayed_after": "\nafter",
+    "unreplayed_forgetting": "\nforgotten",
+    "trainable_parameters": "trainable\nparameters",
+    "checkpoint_bytes": "checkpoint\nbytes",
+    "seconds": "seconds",
+}
+SKILLS = (("forgetting", "replayed: half-review retrieval"), ("unreplayed_forgetting", "never replayed: docstring to code"))
+
+
+def run(options: Sentiment) -> dict[str, dict[str, Any]]:
+    """Run all arms, then print the table and write results, picture and logs; return the rows by arm."""
+    out = Path(options.out)
+    about = asdict(options)
+    rows = finished_rows(out, about) if options.resume else {}
+    for arm in arms_of(options):
+        if arm.name in rows:
+            rank_zero_info(f"{arm.name}: finished before, kept")
+            continue
+        if not options.resume:
+            start_afresh(out / arm.name.replace(" ", "_"))
+        rank_zero_info(f"\n{arm.name}: {arm.adapter}, lr {arm.lr:g}, {options.steps} steps")
+        rows[arm.name] = run_arm(arm, options)
+        write_report(out, rows, about)
+    show(out, rows, options)
+    return rows
+
+
+@rank_zero_only
+def start_afresh(folder: Path) -> None:
+    """Remove what an earlier run of this arm left, so that its curves do not run into the new ones."""
+    shutil.rmtree(folder / "tensorboard", ignore_errors=True)
+    (folder / "last.ckpt").unlink(missing_ok=True)
+
+
+def finished_rows(out: Path, about: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return the rows of arms that a killed run had finished, if it ran with the same options."""
+    file = out / "results.json"
+    if not file.is_file():
+        return {}
+    found = json.loads(file.read_text(encoding="utf-8"))
+    loose = {"resume", "arms"}
+    different = {key for key in about.keys() - loose if found["about"].get(key) != about[key]}
+    if different:
+        raise ValueError(f"sentiment: {file} comes from a run with other {sorted(different)}; drop --resume or use --out.")
+    rows: dict[str, dict[str, Any]] = found["arms"]
+    return rows
+
+
+@rank_zero_only
+def write_report(out: Path, rows: dict[str, dict[str, Any]], about: dict[str, Any]) -> None:
+    """Write results and picture as they stand; an arm that is killed later costs none of them."""
+    save_results(out, rows, about)
+    plot_learned_forgotten(out / "learned_and_forgotten.png", rows, SKILLS)
+
+
+@rank_zero_only
+def show(out: Path, rows: dict[str, dict[str, Any]], options: Sentiment) -> None:
+    """Print the table and where to look."""
+    title = f"Sentiment learned, retrieval kept (recall@1; seed {options.seed}, {options.steps} steps, {options.rows} rows)"
+    print_table(title, COLUMNS, rows)
+    if options.ablate:
+        for line in verdicts(rows):
+            print(line)
+    print(f"Results   {out}/results.json, results.csv\nPicture   {out}/learned_and_forgotten.png")
+    print(f"Curves    tensorboard --logdir {out}")
+    if "suite" in rows:
+        print(f"Adapter   {out}/suite/adapter")
+
+
+def verdicts(rows: dict[str, dict[str, Any]]) -> list[str]:
+    """Say for each component what leaving it out changed, beyond two standard errors of the difference."""
+    sizes = {"accuracy": 2000, "recall_after": 500, "unreplayed_after": 164}
+    lines = []
+    for component in COMPONENTS:
+        row, suite = rows[f"suite without {component}"], rows["suite"]
+        effects = []
+        for key, count in sizes.items():
+            difference = row[key] - suite[key]
+            error = ((row[key] * (1 - row[key]) + suite[key] * (1 - suite[key])) / count) ** 0.5
+            if abs(difference) > 2 * error:
+                effects.append(f"{key} {difference:+.3f} (standard error {error:.3f})")
+        lines.append(f"Without {component}: {', '.join(effects) or 'no measurable effect here'}")
+    return lines
+
+
+def main(args: list[str] | None = None) -> None:
+    """Run the recipe from the command line."""
+    from jsonargparse import ArgumentParser  # noqa: PLC0415
+
+    parser = ArgumentParser("lightning-peft sentiment", description=Sentiment.__doc__.splitlines()[0])
+    arms = list(LEARNING_RATES)
+    parser.add_argument("--arms", nargs="+", choices=arms, default=arms, help="which arms to run (default: all)")
+    parser.add_argument("--ablate", action="store_true", help="run the suite, and it without each of its components")
+    parser.add_argument("--resume", action="store_true", help="go on with the killed run in --out")
+    parser.add_class_arguments(Sentiment, skip={"arms", "ablate", "resume"})
+    warnings.filterwarnings("ignore", ".*(does not have many workers|srun|barebones).*")
+    run(Sentiment(**parser.parse_args(args).as_dict()))
+
+
+if __name__ == "__main__":
+    main()
