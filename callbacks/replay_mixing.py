@@ -64,6 +64,7 @@ class ReplayMixing(pl.Callback):
         self._by_hand: MixLoader | None = None
         self._mixed: MixLoader | None = None
         self._beside: tuple[BesidePlan, Iterator[Any]] | None = None
+        self._replaced: tuple[Any, dict[str, Any]] | None = None
 
     @property
     def state_key(self) -> str:
@@ -98,6 +99,11 @@ class ReplayMixing(pl.Callback):
         if stage != "fit":
             return
         self.epoch, self.step = trainer.current_epoch, 0
+        if sum(isinstance(callback, ReplayMixing) for callback in cast("Any", trainer).callbacks) > 1:
+            raise ValueError(
+                f"{_OWNER}: stands twice among the callbacks; only one memory would be replayed. Join them by "
+                "torch.utils.data.ConcatDataset."
+            )
         if self._goes_beside(pl_module):
             return
         if self._by_hand is not None:
@@ -105,13 +111,17 @@ class ReplayMixing(pl.Callback):
             return
         # The loader is asked for later, once or more often: replace what the asking returns.
         owner = _loader_owner(trainer, pl_module)
+        self._replaced = owner, {name: value for name, value in vars(owner).items() if name == "train_dataloader"}
         owner.train_dataloader = self._mixed_on_request(trainer, owner.train_dataloader)
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage == "fit":
-            vars(_loader_owner(trainer, pl_module)).pop("train_dataloader", None)
-            self._mixed = self._beside = None
+            self._give_back()
+
+    @override
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self._give_back()  # there is no teardown then, and the next fit would mix twice
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -147,7 +157,7 @@ class ReplayMixing(pl.Callback):
         rows, scale = plan.share(self.epoch, self.step, trainer.global_rank)
         if rows:
             assert isinstance(pl_module, ReplayMixin)
-            old = trainer.strategy.batch_to_device(next(batches))
+            old = trainer.strategy.batch_to_device(trainer.precision_plugin.convert_input(next(batches)))
             pl_module.replay = old, self.weight * scale
 
     @override
@@ -181,7 +191,15 @@ class ReplayMixing(pl.Callback):
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out the loaders of a run: they can be neither copied nor sent to a process."""
-        return {**vars(self), "_by_hand": None, "_mixed": None, "_beside": None}
+        return {**vars(self), "_by_hand": None, "_mixed": None, "_beside": None, "_replaced": None}
+
+    def _give_back(self) -> None:
+        """Let the loader's owner have its own ``train_dataloader`` again, and drop the loaders of the run."""
+        if self._replaced is not None:
+            owner, own = self._replaced
+            vars(owner).pop("train_dataloader", None)
+            vars(owner).update(own)
+        self._replaced = self._mixed = self._beside = None
 
     def _goes_beside(self, pl_module: pl.LightningModule) -> bool:
         step = getattr(type(pl_module), "replay_step", None)

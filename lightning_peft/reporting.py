@@ -27,7 +27,7 @@ def format_value(value: object) -> str:
         if 0 < abs(value) < 0.0005:  # noqa: PLR2004
             return f"{value:g}"
         return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3f}"
-    return f"{value:,}" if isinstance(value, int) else str(value)
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
 
 
 def print_table(title: str, columns: Mapping[str, str], rows: Mapping[str, Row], *, first: str = "arm") -> None:

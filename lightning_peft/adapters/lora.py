@@ -49,7 +49,7 @@ class LoRA(Adapter):
 
     rank: int = 8
     alpha: float = 16.0
-    targets: Literal["all-linear"] | list[str] = "all-linear"
+    targets: Literal["all-linear"] | list[str] | tuple[str, ...] = "all-linear"
     exclude: list[str] | tuple[str, ...] = ()
     dropout: float = 0.0
 
@@ -65,6 +65,9 @@ class LoRA(Adapter):
             raise ValueError(f"LoRA: targets={self.targets!r} must be 'all-linear' or a list of globs.")
         if isinstance(self.exclude, str):
             raise ValueError(f"LoRA: exclude={self.exclude!r} must be a list of globs.")
+        for name in ("targets", "exclude"):  # equal and hashable, whichever sequence they came as
+            value = getattr(self, name)
+            object.__setattr__(self, name, value if isinstance(value, str) else tuple(value))
 
     @property
     def scale(self) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -58,7 +59,11 @@ def shuffles(loader: DataLoader[Any], owner: str) -> bool:
         ValueError: If a sampler of the user's own decides the order, which mixing would silently replace.
     """
     sampler = loader.sampler
-    if loader.batch_size is None or not isinstance(sampler, RandomSampler | SequentialSampler | DistributedSampler):
+    known = isinstance(sampler, RandomSampler | SequentialSampler | DistributedSampler)
+    partial = isinstance(sampler, RandomSampler) and (
+        sampler.replacement or sampler.num_samples != len(cast("Any", loader.dataset))
+    )
+    if loader.batch_size is None or not known or partial:
         raise ValueError(
             f"{owner}: the training loader has a {type(sampler).__name__} (batch_size={loader.batch_size!r}), whose "
             "order mixing would replace. Use shuffle=True or False with a batch_size, or give the module a replay_step, "
@@ -93,7 +98,8 @@ class MixSampler(DistributedSampler[Any]):
 
     @override
     def __len__(self) -> int:
-        return self.plan.rows // self.plan.world
+        # Of the whole epoch: Lightning itself applies limit_train_batches to the length.
+        return replace(self.plan, limit=None).rows // self.plan.world
 
 
 class MixLoader(DataLoader[Any]):

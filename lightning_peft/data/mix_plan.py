@@ -46,7 +46,8 @@ def exact(ratio: float, owner: str) -> Fraction:
         raise ValueError(
             f"{owner}: ratio={ratio!r} must lie inside (0, 1): the share of old rows among all rows of a step."
         )
-    return Fraction(ratio).limit_denominator(100_000)
+    meant = Fraction(ratio).limit_denominator(100_000)
+    return meant if 0 < meant < 1 else Fraction(ratio)
 
 
 @dataclass(frozen=True)
@@ -117,8 +118,8 @@ class MixPlan:
         return math.ceil(self.rows / self.batch)
 
     def for_world(self, world: int, batch: int) -> MixPlan:
-        """Return this plan for ``world`` processes with ``batch`` rows each."""
-        return replace(self, world=world, batch=batch * world)
+        """Return this plan, not cut, for ``world`` processes with ``batch`` rows each."""
+        return replace(self, world=world, batch=batch * world, limit=None)
 
     def cut_to(self, steps: int) -> MixPlan:
         """Return this plan with epochs of at most ``steps`` steps."""

@@ -57,8 +57,9 @@ class AdapterMixin(pl.LightningModule):
     @override
     def setup(self, stage: str) -> None:
         super().setup(stage)
-        if (attachment := attachment_of(self.adapted_network)) is not None:
-            refresh_base(self.adapted_network, attachment)
+        backbone = dict(self.named_modules()).get(self.backbone_name)  # may be built in configure_model only
+        if backbone is not None and (attachment := attachment_of(backbone)) is not None:
+            refresh_base(backbone, attachment)
 
     @override
     def configure_model(self) -> None:

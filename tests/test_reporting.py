@@ -1,0 +1,70 @@
+"""Tables, files and pictures hold what the rows hold."""
+
+import csv
+import json
+
+import pytest
+from lightning_peft.reporting import format_value, plot_learned_forgotten, print_table, save_results
+
+ROWS = {
+    "full": {"accuracy": 0.84213, "forgetting": 0.2, "code": 0.1, "seconds": 1834.2},
+    "suite": {"accuracy": 0.85, "forgetting": -0.01, "code": 0.0, "parameters": 1234567},
+}
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0.84213, "0.842"),
+        (-0.0104, "-0.010"),
+        (0.0, "0.000"),
+        (1e-4, "0.0001"),
+        (-2e-5, "-2e-05"),
+        (99.94, "99.940"),
+        (100.0, "100"),
+        (-183.4, "-183"),
+        (1834.2, "1,834"),
+        (1234567, "1,234,567"),
+        (True, "True"),
+        ("full", "full"),
+        (None, "None"),
+    ],
+)
+def test_a_value_shows_as_a_reader_expects(value, text):
+    assert format_value(value) == text
+
+
+def test_a_table_has_each_row_under_its_heading_and_a_dash_where_a_value_is_missing(capsys):
+    print_table("Results", {"accuracy": "learned", "parameters": "trainable"}, ROWS)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.strip()]
+    assert lines[0].strip() == "Results"
+    cells = [[word for word in line.split() if word[0].isalnum() or word == "-"] for line in lines]
+    assert ["arm", "learned", "trainable"] in cells
+    assert ["full", "0.842", "-"] in cells
+    assert ["suite", "0.850", "1,234,567"] in cells
+
+
+def test_json_gives_back_the_rows_and_what_they_are_about(tmp_path):
+    save_results(tmp_path / "run", ROWS, {"seed": 3})
+    assert json.loads((tmp_path / "run" / "results.json").read_text()) == {"arms": ROWS, "about": {"seed": 3}}
+
+
+def test_csv_has_a_column_for_every_key_and_a_line_for_every_row(tmp_path):
+    save_results(tmp_path, ROWS, {})
+    with (tmp_path / "results.csv").open(newline="") as stream:
+        lines = list(csv.DictReader(stream))
+    assert list(lines[0]) == ["arm", "accuracy", "forgetting", "code", "seconds", "parameters"]
+    assert [line["arm"] for line in lines] == ["full", "suite"]
+    assert float(lines[0]["accuracy"]) == 0.84213
+    assert lines[0]["parameters"] == ""
+
+
+def test_the_picture_is_a_png_that_grows_with_the_number_of_panels(tmp_path):
+    widths = []
+    for skills in ([("forgetting", "replayed")], [("forgetting", "replayed"), ("code", "never replayed")]):
+        file = tmp_path / f"{len(skills)}.png"
+        plot_learned_forgotten(file, ROWS, skills)
+        data = file.read_bytes()
+        assert data[:8] == b"\x89PNG\r\n\x1a\n"
+        widths.append(int.from_bytes(data[16:20]))
+    assert widths[1] == 2 * widths[0]
