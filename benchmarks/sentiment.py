@@ -20,7 +20,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-GRID = {"probe": (3e-3, 1e-2, 3e-2), "full": (5e-5, 1e-4, 2e-4), "suite": (1e-3, 2e-3, 4e-3)}
+GRID = {"probe": (5e-3, 1e-2, 2e-2), "full": (5e-5, 1e-4, 2e-4), "suite": (1e-3, 2e-3, 4e-3)}
 COLUMNS = ("accuracy", "recall_before", "recall_after", "unreplayed_before", "unreplayed_after")
 TUNING_SEED = 100
 

@@ -44,6 +44,7 @@ CODE_TOKENS = 128
 SPLIT_SEED = 2024  # the split is fixed: --seed changes training, never which rows are test rows
 LABELS = ("negative", "positive")
 # Chosen on the validation rows by benchmarks/sentiment.py --tune, which prints the accuracies of the whole grid.
+HEAD_RATE = 5e-3
 LEARNING_RATES = {"probe": 1e-2, "full": 1e-4, "suite": 2e-3}
 COMPONENTS = ("LoRA", "zero head", "head first", "replay")
 
@@ -251,8 +252,10 @@ class ReviewNet(pl.LightningModule):
 
     @override
     def configure_optimizers(self) -> Any:
-        trainable = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.AdamW(trainable, lr=self.lr, weight_decay=0.01)
+        backbone = [parameter for parameter in self.backbone.parameters() if parameter.requires_grad]
+        groups = [{"params": list(self.head.parameters()), "lr": HEAD_RATE if backbone else self.lr, "name": "head"}]
+        groups += [{"params": backbone, "lr": self.lr, "name": "backbone"}] if backbone else []
+        optimizer = torch.optim.AdamW(groups, weight_decay=0.01)
         warm_up, steps = 20, self.steps
         scheduler = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: min((step + 1) / warm_up, max(0.0, (steps - step) / max(1, steps - warm_up)))

@@ -73,7 +73,8 @@ class AdapterMixin(pl.LightningModule):
         """
         if attachment_of(self.adapted_network) is None:
             add_adapter(self.adapted_network, self.adapter)
-            self.train(self.training)
+            if self.adapter.frozen_features:
+                self.adapted_network.eval()
 
     @property
     def adapted_network(self) -> nn.Module:
