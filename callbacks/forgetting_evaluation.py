@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -11,6 +12,7 @@ from typing import Any, cast
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset
 from torchmetrics import Metric
@@ -47,7 +49,7 @@ class OldTask:
     def __post_init__(self) -> None:
         """Check what can be known without a network."""
         row_count(self.loader.dataset, "OldTask: data")
-        if not callable(self.step):
+        if not callable(self.step) or not _takes_two(self.step):
             raise ValueError(f"OldTask: step={self.step!r} must be a function of (module, batch).")
         if not isinstance(self.metric, Metric):
             raise ValueError(f"OldTask: metric={self.metric!r} must be a torchmetrics Metric.")
@@ -66,6 +68,16 @@ class OldTask:
         """1 where a lower value is a loss of skill, -1 where a higher one is."""
         better = self.metric.higher_is_better if self.higher_is_better is None else self.higher_is_better
         return 1 if better else -1
+
+
+def _takes_two(step: Callable[..., Any]) -> bool:
+    try:
+        inspect.signature(step).bind(None, None)
+    except TypeError:
+        return False
+    except ValueError:  # something compiled, which has no signature to look at
+        pass
+    return True
 
 
 @torch.no_grad()
@@ -108,14 +120,20 @@ def evaluate(
         for batch, counts in bar:
             arguments = _step(task, module, to_device(batch), name)
             if counts:
-                metric.update(*arguments)
-        return float(metric.compute())
+                _update(metric, arguments, name)
+        value = torch.as_tensor(metric.compute())
+    if value.numel() != 1:
+        raise ValueError(
+            f"{_OWNER}: the {type(metric).__name__} of {name!r} gives {value.numel()} values; it must give one number "
+            "(for many metrics: average='macro')."
+        )
+    return float(value)
 
 
 def _fill(batches: DataLoader[Any], rounds: int) -> Iterator[tuple[Any, bool]]:
     """Yield as many batches on every process: sharded modules communicate in every forward."""
     number, batch = 0, None
-    for number, batch in enumerate(batches, start=1):
+    for number, batch in enumerate(batches, start=1):  # noqa: B007 - read after the loop
         yield batch, True
     for _ in range(number, rounds):
         yield batch, False
@@ -131,12 +149,22 @@ def _step(task: OldTask, module: nn.Module, batch: Any, name: str) -> tuple[Any,
     return arguments if isinstance(arguments, tuple) else (arguments,)
 
 
+def _update(metric: Metric, arguments: tuple[Any, ...], name: str) -> None:
+    try:
+        metric.update(*arguments)
+    except Exception as error:
+        raise ValueError(
+            f"{_OWNER}: the step of {name!r} returned {len(arguments)} arguments that {type(metric).__name__}.update "
+            f"does not take ({error}). Return a tuple of its arguments, in its order and shapes."
+        ) from error
+
+
 @contextmanager
 def _untouched(module: nn.Module, device: torch.device) -> Iterator[None]:
     modes = {child: child.training for child in module.modules()}
     module.eval()
     try:
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        with isolate_rng(include_cuda=device.type == "cuda"):
             yield
     finally:
         for child, mode in modes.items():
@@ -192,7 +220,8 @@ class ForgettingEvaluation(pl.Callback):
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if not self.before:  # a resumed run keeps the baseline of its first start
+        if not self.before or trainer.global_step == 0:  # a resumed run keeps the baseline of its first start
+            self.before = {}
             self._measure(trainer, pl_module)
 
     @override
@@ -229,7 +258,9 @@ class ForgettingEvaluation(pl.Callback):
                     pl_module,
                     task,
                     name=name,
-                    to_device=trainer.strategy.batch_to_device,
+                    to_device=lambda batch: trainer.strategy.batch_to_device(
+                        trainer.precision_plugin.convert_input(batch)
+                    ),
                     progress=trainer.is_global_zero and trainer.progress_bar_callback is not None,
                 )
                 for name, task in self.tasks.items()

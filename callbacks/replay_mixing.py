@@ -132,13 +132,12 @@ class ReplayMixing(pl.Callback):
                     "Write trainer.fit(module, train_dataloaders=replay.mix(loader)) with this callback as replay, "
                     "or give the module or a datamodule a train_dataloader."
                 )
-            steps = self._mixed.mix_sampler.plan.steps
         else:
             plan = self._beside_plan(trainer)
             self._beside = plan, iter(self._beside_loader(trainer, plan))
-            steps = plan.steps
         rank_zero_info(
-            f"{_OWNER}: {float(self.ratio):.1%} old rows from a memory of {self.memory.rows}; an epoch is {steps} steps."
+            f"{_OWNER}: {float(self.ratio):.1%} old rows from a memory of {self.memory.rows}; "
+            f"an epoch is {self._plan().steps} steps."
         )
 
     @override

@@ -1,6 +1,7 @@
 """A file is whole or not there."""
 
 import pytest
+
 from lightning_peft.files import write_atomic, write_text
 
 

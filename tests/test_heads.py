@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from lightning_peft.heads import output_layer, zero_init
 from torch import nn
+
+from lightning_peft.heads import output_layer, zero_init
 
 
 def deep_head() -> nn.Sequential:

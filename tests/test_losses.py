@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+
 from lightning_peft.losses import in_batch_contrastive
 
 

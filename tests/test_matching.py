@@ -3,6 +3,7 @@
 import re
 
 import pytest
+
 from lightning_peft.matching import match_names, nearest
 
 NAMES = ["encoder.0.q_proj", "encoder.0.k_proj", "encoder.1.q_proj", "Encoder.head", "head"]

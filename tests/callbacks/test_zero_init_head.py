@@ -1,0 +1,138 @@
+"""A head at zero sends no gradient back in the first step, and a head that has learned is left alone."""
+
+import copy
+import math
+import pickle
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from torch import nn
+
+from lightning_peft.callbacks import ZeroInitHead
+from tests.toy import Toy, same, weights
+
+
+class Deep(Toy):
+    """A head of two layers and three classes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
+
+
+class Late(Toy):
+    """A head that is built where Lightning asks for large networks to be built."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        del self.head
+
+    def configure_model(self):
+        if not hasattr(self, "head"):
+            self.head = nn.Linear(8, 2)
+
+
+class First(pl.Callback):
+    """Keeps the first loss and the first gradients."""
+
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+        self.gradients: list[dict[str, torch.Tensor]] = []
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        self.losses.append(float(trainer.callback_metrics["loss"]))
+        self.gradients.append({name: p.grad.clone() for name, p in pl_module.named_parameters()})
+
+
+def backbone_gradient(gradients: dict[str, torch.Tensor]) -> torch.Tensor:
+    return torch.cat([value.flatten() for name, value in gradients.items() if name.startswith("backbone")])
+
+
+@pytest.mark.parametrize(("kind", "classes"), [(Toy, 2), (Deep, 3), (Late, 2)])
+def test_the_first_loss_is_the_log_of_the_classes_and_the_first_backbone_gradient_exactly_zero(fit, kind, classes):
+    first = First()
+    fit(kind(), ZeroInitHead(), first, steps=2)
+    assert first.losses[0] == pytest.approx(math.log(classes), abs=1e-6)
+    assert not backbone_gradient(first.gradients[0]).any()
+    # The head itself learns at once, and with it the backbone from the second step on.
+    output = [value for name, value in first.gradients[0].items() if name.startswith("head")][-2]
+    assert output.any()
+    assert backbone_gradient(first.gradients[1]).any()
+
+
+def test_without_it_the_first_gradient_reaches_the_backbone(fit, net):
+    first = First()
+    fit(net, first, steps=1)
+    assert backbone_gradient(first.gradients[0]).any()
+
+
+def test_of_a_deep_head_only_the_last_linear_layer_is_zeroed(trainer):
+    net = Deep()
+    start = weights(net)
+    ZeroInitHead().setup(trainer(), net, "fit")
+    changed = {name for name, value in weights(net).items() if not torch.equal(value, start[name])}
+    assert changed == {"head.2.weight", "head.2.bias"}
+    assert not net.head[2].weight.any()
+    assert not net.head[2].bias.any()
+
+
+def test_a_nested_head_is_named_by_its_dotted_name(trainer):
+    net = Deep()
+    ZeroInitHead("head.0").setup(trainer(), net, "fit")
+    assert not net.head[0].weight.any()
+    assert net.head[2].weight.any()
+
+
+@pytest.mark.parametrize("stage", ["validate", "test", "predict"])
+def test_only_training_zeroes_the_head(trainer, net, stage):
+    start = weights(net)
+    ZeroInitHead().setup(trainer(), net, stage)
+    assert same(weights(net), start)
+
+
+def test_a_resumed_head_keeps_what_it_has_learned(fit, tmp_path):
+    def save():
+        return pl.callbacks.ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)
+
+    def run(net, **options):
+        pl.seed_everything(3, verbose=False)
+        fit(net, ZeroInitHead(), save(), epochs=2, fit_with=(torch.utils.data.DataLoader(data, 6),), **options)
+        return net
+
+    data = torch.utils.data.TensorDataset(torch.randn(12, 4), torch.arange(12) % 2)
+    whole = run(Toy())
+    assert same(weights(run(Toy(), ckpt_path=tmp_path / "epoch=0.ckpt")), weights(whole))
+
+
+def test_a_trainer_that_fits_on_leaves_the_head_alone(trainer, net):
+    made = trainer(ZeroInitHead(), epochs=1)
+    made.fit(net)
+    learned = weights(net)
+    assert learned["head.weight"].any()
+    made.fit(net)  # nothing left to train
+    assert same(weights(net), learned)
+
+
+@pytest.mark.parametrize(
+    ("head", "message"),
+    [("haed", "head='haed' is no module of Toy. Nearest: head"), ("backbone.1", "head='backbone.1' .*no linear layer")],
+)
+def test_a_head_that_cannot_be_zeroed_is_refused_before_training(fit, net, head, message):
+    start = weights(net)
+    with pytest.raises(ValueError, match=f"ZeroInitHead: {message}"):
+        fit(net, ZeroInitHead(head))
+    assert same(weights(net), start)
+
+
+@pytest.mark.parametrize("twin", [copy.deepcopy, lambda it: pickle.loads(pickle.dumps(it))], ids=["deepcopy", "pickle"])
+def test_a_copy_does_the_same_before_and_after_a_fit(fit, twin):
+    callback = ZeroInitHead("head.2")
+    nets = [Deep(), Deep(), Deep()]
+    for other in nets[1:]:
+        other.load_state_dict(nets[0].state_dict())
+    for net, each in zip(nets, (twin(callback), callback, None), strict=True):
+        pl.seed_everything(5, verbose=False)
+        fit(net, each or twin(callback))
+    assert same(weights(nets[0]), weights(nets[1]))
+    assert same(weights(nets[0]), weights(nets[2]))

@@ -1,0 +1,290 @@
+"""Cases that run in one process and, launched by torchrun, in several; their results are compared.
+
+``torchrun --nproc-per-node 2 -m tests.ranks FOLDER`` writes ``FOLDER/rank-K.pt``. ``PARITY_ACCELERATOR=gpu`` runs them on
+GPUs with NCCL.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+import traceback
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from lightning.pytorch.callbacks import BackboneFinetuning
+from lightning_peft import LoRA, LoRAMixin, ReplayMixin
+from lightning_peft.callbacks import ForgettingEvaluation, FreezeSchedule, OldTask, Phase, ReplayMixing, ZeroInitHead
+from lightning_peft.distributed import check_ranks_agree, gather_rows, rank, world_size
+from lightning_peft.losses import in_batch_contrastive
+from lightning_peft.metrics import RecallAtOne
+from tests.toy import Toy, rows, weights
+from torch.utils.data import DataLoader, DistributedSampler
+from torchmetrics import MeanMetric
+
+BATCH = 12  # rows of a step over all processes
+ACCELERATOR = os.environ.get("PARITY_ACCELERATOR", "cpu")
+Result = dict[str, Any]
+
+
+class RankToy(Toy):
+    """The toy in float64, on this process's share of the rows in their own order."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(5)
+        super().__init__()
+
+    def train_dataloader(self) -> DataLoader:
+        data = rows(48, dtype=torch.float64)
+        sampler = DistributedSampler(data, world_size(), rank(), shuffle=False)
+        return DataLoader(data, BATCH // world_size(), sampler=sampler)
+
+
+class LoRAToy(LoRAMixin, RankToy):
+    def __init__(self) -> None:
+        super().__init__(adapter=LoRA(rank=2))
+
+
+class ReplayToy(ReplayMixin, RankToy):
+    """Rehearses with a loss in which every row meets the rows of all processes."""
+
+    def replay_step(self, batch):
+        x, _ = batch
+        return in_batch_contrastive(self.backbone(x), self.backbone(x + 0.1 * x.roll(1, dims=1)))
+
+
+def fit(module: pl.LightningModule, *callbacks: pl.Callback, epochs: int = 2, **options: Any) -> pl.Trainer:
+    """Train in float64, on every process of the group if there is one."""
+    pl.seed_everything(5, verbose=False)
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "max_epochs": epochs}
+    where = {"accelerator": ACCELERATOR, "devices": world_size() if dist.is_initialized() else 1}
+    trainer = pl.Trainer(
+        **{**quiet, **where, "strategy": "ddp" if dist.is_initialized() else "auto", **options},
+        callbacks=list(callbacks),
+        enable_checkpointing=False,
+        use_distributed_sampler=False,
+        default_root_dir=tempfile.gettempdir(),
+    )
+    trainer.fit(module.double())
+    return trainer
+
+
+def cpu(module: torch.nn.Module) -> Result:
+    return {name: value.cpu() for name, value in weights(module).items()}
+
+
+def trained(module: pl.LightningModule, *callbacks: pl.Callback, **options: Any) -> Result:
+    fit(module, *callbacks, **options)
+    return cpu(module)
+
+
+def three_phases() -> FreezeSchedule:
+    return FreezeSchedule([Phase(["head.*"], steps=2), Phase(["*"], steps=3), Phase(["head.*", "backbone.2.*"])])
+
+
+def unfreezing_by_steps() -> Result:
+    return trained(RankToy(), three_phases())
+
+
+def unfreezing_by_epochs() -> Result:
+    return trained(RankToy(), FreezeSchedule.head_first("head", epochs=1))
+
+
+def unfreezing_while_accumulating() -> Result:
+    return trained(RankToy(), FreezeSchedule.head_first("head", steps=2), accumulate_grad_batches=2, gradient_clip_val=0.3)
+
+
+def unfreezing_a_lora() -> Result:
+    return trained(LoRAToy(), ZeroInitHead("head"), FreezeSchedule.head_first("head", steps=3))
+
+
+def thawing_the_base() -> Result:
+    schedule = FreezeSchedule([Phase(["head.*"], steps=3), Phase(["*"], thaw_base=True)])
+    return trained(LoRAToy(), schedule)
+
+
+def resuming_in_a_later_phase() -> Result:
+    # Every process must see one folder, so the path is fixed; the launcher's cases run one after the other.
+    path = Path(tempfile.gettempdir()) / f"lightning-peft-ranks-{world_size()}-{os.environ.get('MASTER_PORT', os.getpid())}"
+    first = fit(RankToy(), FreezeSchedule.head_first("head", epochs=1), epochs=2)
+    first.save_checkpoint(path)
+    resumed = RankToy()
+    trainer = pl.Trainer(
+        accelerator=ACCELERATOR, devices=first.num_devices, max_epochs=3, logger=False, enable_progress_bar=False,
+        strategy="ddp" if dist.is_initialized() else "auto", use_distributed_sampler=False, enable_checkpointing=False,
+        enable_model_summary=False, callbacks=[FreezeSchedule.head_first("head", epochs=1)],
+    )  # fmt: skip
+    trainer.fit(resumed.double(), ckpt_path=path)
+    trainer.strategy.barrier()
+    if rank() == 0:
+        path.unlink()
+    trainer.strategy.barrier()
+    return cpu(resumed)
+
+
+def lightning_s_own_unfreezing() -> Result:
+    return trained(RankToy(), BackboneFinetuning(unfreeze_backbone_at_epoch=1, backbone_initial_lr=0.1, verbose=False))
+
+
+def mixing_old_rows_in() -> Result:
+    memory = rows(30, seed=7, dtype=torch.float64)
+    return trained(RankToyShuffled(), ReplayMixing(memory, ratio=0.25, seed=3))
+
+
+class RankToyShuffled(RankToy):
+    def train_dataloader(self) -> DataLoader:
+        return DataLoader(rows(45, dtype=torch.float64), BATCH // world_size(), shuffle=True)
+
+
+def replaying_beside() -> Result:
+    memory = rows(30, seed=7, dtype=torch.float64)
+    return trained(ReplayToy(), ReplayMixing(memory, ratio=0.25, weight=0.5, seed=3))
+
+
+def replaying_fewer_rows_than_processes() -> Result:
+    memory = rows(30, seed=7, dtype=torch.float64)
+    return trained(ReplayTailed(), ReplayMixing(memory, ratio=0.05, weight=0.5, seed=3), epochs=3)
+
+
+class ReplayTailed(ReplayToy):
+    def replay_step(self, batch):
+        x, y = batch
+        return F.cross_entropy(self(x), y)
+
+
+def everything_together() -> Result:
+    class Suite(ReplayMixin, LoRAToy):
+        replay_step = ReplayToy.replay_step
+
+    net, task = Suite(), old_task()
+    callbacks = [
+        ZeroInitHead("head"),
+        FreezeSchedule.head_first("head", steps=3),
+        ReplayMixing(rows(30, seed=7, dtype=torch.float64), ratio=0.25, weight=0.5, seed=3),
+        ForgettingEvaluation({"pairs": task}, every_n_steps=2),
+    ]
+    result = trained(net, *callbacks)
+    return {**result, "forgetting": callbacks[-1].forgetting["pairs"]}
+
+
+def old_task() -> OldTask:
+    def step(module, batch):
+        x, _ = batch
+        return module.backbone(x), module.backbone(x + 0.5)
+
+    return OldTask(DataLoader(rows(33, seed=9, dtype=torch.float64), 5), RecallAtOne(), step)
+
+
+def measuring_an_uneven_set() -> Result:
+    """33 rows on two processes: each row counts once."""
+
+    def step(module, batch):
+        return batch[0].sum(1)
+
+    mean = OldTask(DataLoader(rows(33, seed=9, dtype=torch.float64), 4), MeanMetric(), step, higher_is_better=True)
+    evaluation = ForgettingEvaluation({"mean": mean, "pairs": old_task()}, every_n_epochs=1)
+    trainer = fit(RankToy(), evaluation)
+    logged = {key: float(value) for key, value in trainer.callback_metrics.items() if "mean" in key or "pairs" in key}
+    return {**evaluation.before, **logged}
+
+
+def gathering_uneven_rows() -> Result:
+    """Rank k brings k + 1 rows of five columns; the gradient comes back to each."""
+    total = sum(k + 1 for k in range(world_size()))
+    everything = torch.arange(5.0 * total, dtype=torch.float64).view(total, 5)
+    first = sum(k + 1 for k in range(rank()))
+    own = everything[first : first + rank() + 1].clone().requires_grad_()
+    gathered, start = gather_rows(own)
+    assert torch.equal(gathered, everything)
+    assert start == first
+    (gathered * (rank() + 1)).sum().backward()
+    factor = sum(k + 1 for k in range(world_size()))
+    assert torch.equal(own.grad, torch.full_like(own, factor))
+    return {}
+
+
+def drifted_replicas_are_noticed() -> Result:
+    if world_size() == 1:
+        return {}
+    net = RankToy()
+
+    class Drift(pl.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if batch_idx == 1 and trainer.global_rank == 1:
+                pl_module.head.bias.data.add_(1e-9)
+
+    try:
+        fit(net, Drift(), FreezeSchedule.head_first("head", steps=2))
+    except RuntimeError as error:
+        assert "1 of 6 tensors differ between ranks, first ['head.bias']" in str(error), error  # noqa: PT017
+        return {}
+    raise AssertionError("drift went unnoticed")
+
+
+def sharding_a_lora_with_fsdp2() -> Result:
+    """FSDP2 on every process: the adapter comes before the sharding, and trains as in one process."""
+    from lightning.pytorch.strategies import ModelParallelStrategy
+
+    class Sharded(LoRAToy):
+        def configure_model(self) -> None:
+            super().configure_model()
+            if world_size() > 1:
+                from torch.distributed.fsdp import fully_shard
+
+                fully_shard(self, mesh=self.device_mesh["data_parallel"])
+
+    strategy = ModelParallelStrategy(world_size(), 1) if dist.is_initialized() else "auto"
+    net = Sharded()
+    fit(net, FreezeSchedule.head_first("head", steps=3), strategy=strategy)
+    state = {name: value.full_tensor() if hasattr(value, "full_tensor") else value for name, value in net.state_dict().items()}
+    return {name: value.detach().clone().cpu() for name, value in state.items()}
+
+
+CASES: dict[str, Callable[[], Result]] = {
+    case.__name__: case
+    for case in (
+        gathering_uneven_rows,
+        unfreezing_by_steps,
+        unfreezing_by_epochs,
+        unfreezing_while_accumulating,
+        unfreezing_a_lora,
+        thawing_the_base,
+        resuming_in_a_later_phase,
+        lightning_s_own_unfreezing,
+        mixing_old_rows_in,
+        replaying_beside,
+        replaying_fewer_rows_than_processes,
+        everything_together,
+        measuring_an_uneven_set,
+        drifted_replicas_are_noticed,
+        sharding_a_lora_with_fsdp2,
+    )
+}
+
+
+def run(names: list[str]) -> dict[str, Result | str]:
+    """Run cases; a failed one is its traceback."""
+    results: dict[str, Result | str] = {}
+    for name in names:
+        try:
+            results[name] = CASES[name]()
+        except Exception:
+            results[name] = traceback.format_exc()
+    return results
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    dist.init_process_group("nccl" if ACCELERATOR == "gpu" else "gloo")
+    found = run(sys.argv[2:] or list(CASES))
+    torch.save(found, Path(sys.argv[1]) / f"rank-{rank()}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
