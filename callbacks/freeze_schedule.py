@@ -11,7 +11,7 @@ from lightning_utilities.core.rank_zero import rank_zero_info
 from typing_extensions import override
 
 from lightning_peft.distributed import refuse_unsupported, rewrap
-from lightning_peft.freezing import set_trainable, trainable_count, trainable_names
+from lightning_peft.freezing import record_trained, set_trainable, trainable_count, trainable_names
 from lightning_peft.matching import match_names
 
 _OWNER = "FreezeSchedule"
@@ -23,7 +23,7 @@ class Phase:
 
     Args:
         train: Globs over the parameter names of the LightningModule; ``*`` crosses dots.
-        epochs: Length in epochs.
+        epochs: Length in epochs. A phase that begins in mid-epoch counts the rest of it as its first.
         steps: Length in optimizer steps. The last phase of a schedule may have neither and lasts to the end.
         thaw_base: Let the globs also free parameters that were frozen when the run began, such as the base under a
             LoRA.
@@ -47,7 +47,7 @@ class Phase:
         if self.epochs is not None and self.steps is not None:
             raise ValueError(f"Phase: epochs={self.epochs!r} and steps={self.steps!r} exclude each other; give one.")
         for unit, length in (("epochs", self.epochs), ("steps", self.steps)):
-            if length is not None and (not isinstance(length, int) or length < 1):
+            if length is not None and (isinstance(length, bool) or not isinstance(length, int) or length < 1):
                 raise ValueError(f"Phase: {unit}={length!r} must be a whole number of at least 1.")
 
     @property
@@ -84,6 +84,9 @@ class FreezeSchedule(pl.Callback):
         self.phases = list(phases)
         if not self.phases:
             raise ValueError(f"{_OWNER}: phases={phases!r} is empty; give at least one Phase.")
+        for number, phase in enumerate(self.phases):
+            if not isinstance(phase, Phase):
+                raise ValueError(f"{_OWNER}: phase {number} is {phase!r}; write it as Phase(train=[...], steps=...).")
         for number, phase in enumerate(self.phases[:-1]):
             if phase.endless:
                 raise ValueError(f"{_OWNER}: phase {number} ({phase}) needs epochs= or steps=: another follows it.")
@@ -116,6 +119,7 @@ class FreezeSchedule(pl.Callback):
             freed = {name for phase in thawing for name in match_names(names, phase.train, owner=_OWNER)}
             for name, parameter in pl_module.named_parameters():
                 parameter.requires_grad_(parameter.requires_grad or name in freed)
+            record_trained(pl_module)  # every checkpoint of the run brings them, also one from before they train
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -194,7 +198,9 @@ class FreezeSchedule(pl.Callback):
             if phase.steps is not None:
                 if trainer.global_step < self.began_step + phase.steps:
                     break
-                self.began_epoch, self.began_step = trainer.current_epoch, self.began_step + phase.steps
+                # At an epoch's last batch the next phase begins with the next epoch.
+                self.began_epoch = trainer.current_epoch + int(trainer.is_last_batch)
+                self.began_step += phase.steps
             else:
                 assert phase.epochs is not None
                 if trainer.current_epoch < self.began_epoch + phase.epochs:

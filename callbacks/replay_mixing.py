@@ -13,7 +13,7 @@ from lightning_utilities.core.rank_zero import rank_zero_info
 from torch.utils.data import DataLoader, Dataset
 from typing_extensions import override
 
-from lightning_peft.data.mix_loader import MixLoader, carried_options, row_count, shuffles
+from lightning_peft.data.mix_loader import BesideSampler, MixLoader, carried_options, row_count, shuffles
 from lightning_peft.data.mix_plan import BesidePlan, MemoryStream, MixPlan, exact
 from lightning_peft.mixins import ReplayMixin
 
@@ -54,7 +54,7 @@ class ReplayMixing(pl.Callback):
         self, memory: Dataset[Any] | DataLoader[Any], ratio: float = 0.2, weight: float = 1.0, *, seed: int = 0
     ) -> None:
         self.ratio = exact(ratio, _OWNER)
-        if not 0 < weight < math.inf:
+        if not isinstance(weight, int | float) or not 0 < weight < math.inf:
             raise ValueError(f"{_OWNER}: weight={weight!r} must be above 0; leave the callback out for no replay.")
         self.weight, self.seed = weight, seed
         self.loader = memory if isinstance(memory, DataLoader) else None
@@ -106,6 +106,11 @@ class ReplayMixing(pl.Callback):
             )
         if self._goes_beside(pl_module):
             return
+        if (share := cast("Any", trainer).overfit_batches) > 0:
+            raise ValueError(
+                f"{_OWNER}: overfit_batches={share!r} replaces the sampler that mixes. Use "
+                "limit_train_batches, or leave the callback out of that run."
+            )
         if self._by_hand is not None:
             self._place(trainer, self._by_hand)
             return
@@ -201,16 +206,17 @@ class ReplayMixing(pl.Callback):
         self._replaced = self._mixed = self._beside = None
 
     def _goes_beside(self, pl_module: pl.LightningModule) -> bool:
-        step = getattr(type(pl_module), "replay_step", None)
-        if step is None:
-            return False
         name = type(pl_module).__name__
+        if not hasattr(pl_module, "replay_step"):
+            if isinstance(pl_module, ReplayMixin):
+                raise ValueError(
+                    f"{_OWNER}: {name} has ReplayMixin but no replay_step. Define replay_step(self, batch)."
+                )
+            return False
         if not isinstance(pl_module, ReplayMixin):
             raise ValueError(
                 f"{_OWNER}: {name} has a replay_step, but nothing would call it. Write class {name}(ReplayMixin, ...)."
             )
-        if step is ReplayMixin.replay_step:
-            raise ValueError(f"{_OWNER}: {name} has ReplayMixin but no replay_step. Define replay_step(self, batch).")
         if not pl_module.automatic_optimization:
             raise ValueError(
                 f"{_OWNER}: {name} optimizes by hand, so a loss added to what training_step returns would be ignored. "
@@ -268,7 +274,7 @@ class ReplayMixing(pl.Callback):
         self._try_collate(loader, [self._first_old()])
         return DataLoader(
             self.rows,
-            batch_sampler=_Endless(plan, self.epoch, self.step, trainer.global_rank),
+            batch_sampler=BesideSampler(plan, self.epoch, self.step, trainer.global_rank),
             generator=torch.Generator().manual_seed(self.seed),
             **options,
         )
@@ -286,17 +292,6 @@ class ReplayMixing(pl.Callback):
                     f"collate function ({error}). Old rows must look like the training rows, or come as a loader with "
                     "a collate_fn of its own for replay_step."
                 ) from error
-
-
-class _Endless:
-    """The replay batches of one process from a step on, as a batch sampler."""
-
-    def __init__(self, plan: BesidePlan, epoch: int, step: int, rank: int) -> None:
-        self.start = plan, epoch, step, rank
-
-    def __iter__(self) -> Iterator[list[int]]:
-        plan, epoch, step, rank = self.start
-        return plan.batches(epoch, step, rank)
 
 
 def _loader_owner(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Any:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from pathlib import Path
+from typing import IO, Any
 
+import fsspec
+import torch
 from torch import Tensor, nn
 
 from lightning_peft.adapters.adapter import PLAIN_FORMAT, Adapter
@@ -16,6 +19,7 @@ from lightning_peft.adapters.fingerprint import (
     fingerprint_to_plain,
     print_tensor,
 )
+from lightning_peft.adapters.layer import AdaptedLayer
 from lightning_peft.freezing import record_trained
 from lightning_peft.version import __version__
 
@@ -38,14 +42,12 @@ def slim(checkpoint: dict[str, Any], root: nn.Module, backbone: str, attachment:
     """
     record_trained(root)
     prefix = f"{backbone}." if backbone else ""
-    state: dict[str, Tensor] = checkpoint["state_dict"]
-    parameters = {name for name, _ in root.named_parameters()}
+    state: dict[str, Any] = checkpoint["state_dict"]
+    parameters = {name for name, _ in root.named_parameters(remove_duplicate=False)}
 
     def stays(key: str) -> bool:
-        if not key.startswith(prefix):
-            return True
         name = key.removeprefix(prefix)
-        if name in attachment.ever_trained:
+        if not key.startswith(prefix) or name in attachment.ever_trained or not isinstance(state[key], Tensor):
             return True
         return key not in parameters and print_tensor(state[key]) != attachment.base.get(name)
 
@@ -68,31 +70,39 @@ def complete(checkpoint: dict[str, Any], root: nn.Module, backbone: str, attachm
         ValueError: If the checkpoint is foreign, damaged, of another adapter or of another base; the message lists the
             keys.
     """
-    record = _read_record(checkpoint)
+    record, base = read_record(checkpoint)
+    network = root.get_submodule(backbone)
+    if any(isinstance(layer, AdaptedLayer) and layer.merged for layer in network.modules()):
+        raise ValueError(
+            "The adapter is merged into the base, so no checkpoint can be loaded. Call unmerge_adapter first."
+        )
     prefix = f"{backbone}." if backbone else ""
-    saved: dict[str, Tensor] = checkpoint["state_dict"]
-    here: Mapping[str, Tensor] = root.state_dict()
+    saved: dict[str, Any] = checkpoint["state_dict"]
+    here: Mapping[str, Any] = root.state_dict()
     outside = {key for key in here if not key.startswith(prefix)}
     expected = outside | {prefix + name for name in attachment.ever_trained} | set(record["keys"])
     brought = {key.removeprefix(prefix) for key in saved if key.startswith(prefix)}
-    base: Fingerprint = fingerprint_from_plain(record["base"])
+    buffers = {name for name, _ in network.named_buffers()}
     lines = {
+        "different in the adapter": _adapter_differences(record["adapter"], attachment.adapter),
         "missing from the checkpoint": sorted(expected - saved.keys()),
         "in the checkpoint but not in the module": sorted(saved.keys() - here.keys()),
         "of another shape": [
-            f"{key}: {tuple(saved[key].shape)} in the checkpoint, {tuple(here[key].shape)} in the module"
+            f"{key}: {_shape(saved[key])} in the checkpoint, {_shape(here[key])} in the module"
             for key in sorted(saved.keys() & here.keys())
-            if saved[key].shape != here[key].shape
+            if _shape(saved[key]) != _shape(here[key])
         ],
-        "different in the base network": fingerprint_differences(
-            base, attachment.base, ignore=brought, model=root.get_submodule(backbone)
+        "different in the base network": fingerprint_differences(base, attachment.base, ignore=brought, model=network),
+        "moved here since the adapter came, and not in the checkpoint (load it into a fresh module)": sorted(
+            name
+            for name in (buffers & attachment.base.keys()) - brought
+            if attachment.base[name].dtype == print_tensor(here[prefix + name]).dtype
+            and attachment.base[name] != print_tensor(here[prefix + name])
         ),
     }
     if any(lines.values()):
-        adapter = Adapter.from_plain(record["adapter"])
         raise ValueError(
-            f"The checkpoint (lightning_peft {record['version']}, {adapter!r}) does not fit this module "
-            f"({attachment.adapter!r}):\n{_listing(lines)}"
+            f"The checkpoint (lightning_peft {record['version']}) does not fit this {type(root).__name__}:\n{_listing(lines)}"
             "Load it into the same class, with the same adapter, on the same pretrained weights."
         )
     attachment.ever_trained |= brought & set(attachment.flags)
@@ -104,27 +114,85 @@ def refresh_base(backbone: nn.Module, attachment: Attachment) -> None:
 
     Buffers keep their first print: one that moved since must stay in every checkpoint.
     """
+    pristine = {
+        f"{path}.weight".lstrip("."): layer.pristine
+        for path, layer in backbone.named_modules()
+        if isinstance(layer, AdaptedLayer) and layer.pristine is not None
+    }
     for name, parameter in backbone.named_parameters():
         if name in attachment.base and name not in attachment.ever_trained:
-            taken = print_tensor(parameter)
-            attachment.base[name] = taken if taken.digest else attachment.base[name]
+            taken = print_tensor(pristine.get(name, parameter))
+            # A print in another precision, or of a shard, would say less than the one there is.
+            if taken.digest and taken.dtype == attachment.base[name].dtype:
+                attachment.base[name] = taken
 
 
-def _read_record(checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
+def peek(path: str | Path | IO[bytes], *, weights_only: bool = True) -> dict[str, Any]:
+    """Read a checkpoint file.
+
+    Raises:
+        ValueError: If it is no checkpoint.
+        FileNotFoundError: If there is no such file.
+    """
+    try:
+        if isinstance(path, str | Path):
+            with fsspec.open(str(path), "rb") as stream:
+                found = torch.load(stream, map_location="cpu", weights_only=weights_only)
+        else:
+            found = torch.load(path, map_location="cpu", weights_only=weights_only)
+            path.seek(0)
+    except FileNotFoundError:
+        raise
+    except Exception as error:
+        raise ValueError(
+            f"{path} cannot be read as a checkpoint: ({type(error).__name__}). It is damaged, or not a checkpoint. "
+            "Objects of your own in it need weights_only=False."
+        ) from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} holds a {type(found).__name__}, not a checkpoint.")
+    return found
+
+
+def _shape(value: object) -> tuple[int, ...] | str:
+    return tuple(value.shape) if isinstance(value, Tensor) else f"a {type(value).__name__}"
+
+
+def _adapter_differences(saved: Mapping[str, Any], here: Adapter) -> list[str]:
+    free = {"format", "version", "dropout"}  # dropout changes training, not what the weights mean
+    ours = here.to_plain()
+    return [
+        f"{key}: {saved.get(key)!r} in the checkpoint, {ours.get(key)!r} in the module"
+        for key in sorted((saved.keys() | ours.keys()) - free)
+        if saved.get(key) != ours.get(key)
+    ]
+
+
+def read_record(checkpoint: Mapping[str, Any]) -> tuple[Mapping[str, Any], Fingerprint]:
+    """Return our record in a checkpoint, and the fingerprint in it.
+
+    Raises:
+        ValueError: If there is none, it is damaged, or a newer library wrote it.
+    """
     record = checkpoint.get(RECORD)
     if not isinstance(record, Mapping):
         raise ValueError(
             f"The checkpoint has no {RECORD!r} record, so no module with an adapter mixin wrote it. To start from its "
             "weights, load them into the un-adapted module with load_state_dict before the run."
         )
-    if missing := [key for key in ("format", "version", "adapter", "keys", "base") if key not in record]:
-        raise ValueError(f"The checkpoint's {RECORD!r} record is damaged: it lacks {missing}. Use another checkpoint.")
+    types = {"format": int, "version": str, "adapter": Mapping, "keys": list, "base": Mapping, "backbone": str}
+    damaged = [key for key, kind in types.items() if not isinstance(record.get(key), kind)]
+    damaged += [] if isinstance(checkpoint.get("state_dict"), Mapping) else ["state_dict"]
+    if damaged:
+        raise ValueError(f"The checkpoint is damaged: {damaged} missing or unreadable. Use another checkpoint.")
     if record["format"] > PLAIN_FORMAT:
         raise ValueError(
             f"The checkpoint has format {record['format']!r}, written by lightning_peft {record['version']}; this is "
             f"{__version__} (format {PLAIN_FORMAT}). Upgrade lightning_peft."
         )
-    return record
+    try:
+        return record, fingerprint_from_plain(record["base"])
+    except (TypeError, ValueError) as error:
+        raise ValueError("The checkpoint is damaged: 'base' is unreadable. Use another checkpoint.") from error
 
 
 def _listing(lines: Mapping[str, list[str]]) -> str:

@@ -24,7 +24,7 @@ def format_value(value: object) -> str:
     ['0.842', '1,234,567', '0.0001', 'full', '183']
     """
     if isinstance(value, float):
-        if 0 < abs(value) < 0.0005:  # noqa: PLR2004
+        if 0 < abs(value) < 0.0005:
             return f"{value:g}"
         return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3f}"
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)

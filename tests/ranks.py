@@ -20,14 +20,15 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import BackboneFinetuning
+from torch.utils.data import DataLoader, DistributedSampler
+from torchmetrics import MeanMetric
+
 from lightning_peft import LoRA, LoRAMixin, ReplayMixin
 from lightning_peft.callbacks import ForgettingEvaluation, FreezeSchedule, OldTask, Phase, ReplayMixing, ZeroInitHead
-from lightning_peft.distributed import check_ranks_agree, gather_rows, rank, world_size
+from lightning_peft.distributed import gather_rows, rank, world_size
 from lightning_peft.losses import in_batch_contrastive
 from lightning_peft.metrics import RecallAtOne
 from tests.toy import Toy, rows, weights
-from torch.utils.data import DataLoader, DistributedSampler
-from torchmetrics import MeanMetric
 
 BATCH = 12  # rows of a step over all processes
 ACCELERATOR = os.environ.get("PARITY_ACCELERATOR", "cpu")
@@ -98,7 +99,9 @@ def unfreezing_by_epochs() -> Result:
 
 
 def unfreezing_while_accumulating() -> Result:
-    return trained(RankToy(), FreezeSchedule.head_first("head", steps=2), accumulate_grad_batches=2, gradient_clip_val=0.3)
+    return trained(
+        RankToy(), FreezeSchedule.head_first("head", steps=2), accumulate_grad_batches=2, gradient_clip_val=0.3
+    )
 
 
 def unfreezing_a_lora() -> Result:
@@ -112,7 +115,10 @@ def thawing_the_base() -> Result:
 
 def resuming_in_a_later_phase() -> Result:
     # Every process must see one folder, so the path is fixed; the launcher's cases run one after the other.
-    path = Path(tempfile.gettempdir()) / f"lightning-peft-ranks-{world_size()}-{os.environ.get('MASTER_PORT', os.getpid())}"
+    path = (
+        Path(tempfile.gettempdir())
+        / f"lightning-peft-ranks-{world_size()}-{os.environ.get('MASTER_PORT', os.getpid())}"
+    )
     first = fit(RankToy(), FreezeSchedule.head_first("head", epochs=1), epochs=2)
     first.save_checkpoint(path)
     resumed = RankToy()
@@ -243,7 +249,10 @@ def sharding_a_lora_with_fsdp2() -> Result:
     strategy = ModelParallelStrategy(world_size(), 1) if dist.is_initialized() else "auto"
     net = Sharded()
     fit(net, FreezeSchedule.head_first("head", steps=3), strategy=strategy)
-    state = {name: value.full_tensor() if hasattr(value, "full_tensor") else value for name, value in net.state_dict().items()}
+    state = {
+        name: value.full_tensor() if hasattr(value, "full_tensor") else value
+        for name, value in net.state_dict().items()
+    }
     return {name: value.detach().clone().cpu() for name, value in state.items()}
 
 

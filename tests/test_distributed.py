@@ -9,10 +9,9 @@ from pathlib import Path
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning_peft.callbacks import FreezeSchedule
+
 from lightning_peft.distributed import check_ranks_agree, gather_rows, refuse_unsupported, rewrap
 from tests import ranks
-from tests.toy import Toy
 
 ROOT = Path(__file__).parents[1]
 PROCESSES = 2 if ranks.ACCELERATOR == "cpu" else torch.cuda.device_count()
@@ -46,7 +45,9 @@ def alone():
 
 def distance(first, second) -> float:
     assert first.keys() == second.keys()
-    return max((float((torch.as_tensor(first[k]) - torch.as_tensor(second[k])).abs().max()) for k in first), default=0.0)
+    return max(
+        (float((torch.as_tensor(first[k]) - torch.as_tensor(second[k])).abs().max()) for k in first), default=0.0
+    )
 
 
 @pytest.mark.slow

@@ -7,8 +7,9 @@ import sys
 import tomllib
 from pathlib import Path
 
-import lightning_peft
 import pytest
+
+import lightning_peft
 
 ROOT = Path(__file__).parents[1]
 LEVELS = {"recipes": 3, "callbacks": 2, "mixins": 1}
@@ -55,7 +56,9 @@ def test_the_bare_names_refuse_to_be_imported(name):
 @pytest.mark.parametrize("name", ["lightning_peft", "lightning_peft.callbacks"])
 def test_all_public_names_exist_and_are_sorted_nowhere_else(name):
     module = importlib.import_module(name)
-    exported = {key for key, value in vars(module).items() if not key.startswith("_") and not hasattr(value, "__path__")}
+    exported = {
+        key for key, value in vars(module).items() if not key.startswith("_") and not hasattr(value, "__path__")
+    }
     modules = {key for key, value in vars(module).items() if type(value).__name__ == "module"}
     assert set(module.__all__) - {"__version__"} == exported - modules
 

@@ -57,7 +57,9 @@ def add_adapter(model: nn.Module, adapter: Adapter, name: str = "default") -> nn
 
 
 def remove_adapter(model: nn.Module) -> nn.Module:
-    """Take the adapter off: the network is bit for bit the pretrained one again, with the flags found on it.
+    """Take the adapter off, and give back the flags found: the network is bit for bit the pretrained one again.
+
+    That is so while the base stayed frozen; base weights that trained (full fine-tuning, a thawed base) stay trained.
 
     Raises:
         ValueError: If the network carries no adapter.
@@ -101,9 +103,14 @@ def adapter_disabled(model: nn.Module) -> Iterator[nn.Module]:
     """Run the pretrained network for a while, also if the adapter is merged; no second copy is needed.
 
     Raises:
-        ValueError: If the network carries no adapter.
+        ValueError: If the network carries no adapter, or its own weights have trained: nothing remembers them then.
     """
-    _attachment(model, "adapter_disabled")
+    attachment = _attachment(model, "adapter_disabled")
+    if trained := sorted(attachment.ever_trained & attachment.flags.keys()):
+        raise ValueError(
+            f"adapter_disabled: {len(trained)} weights of the network itself train, first {trained[:3]}, so the "
+            "pretrained network is gone. Keep a copy of it before training."
+        )
     found = [(layer, layer.enabled) for layer in _layers(model)]
     for layer, _ in found:
         layer.enabled = False

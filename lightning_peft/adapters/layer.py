@@ -44,7 +44,7 @@ class AdaptedLayer(nn.Module):
 
     enabled: bool
     base_class: type[nn.Module]
-    weight: nn.Parameter
+    weight: Tensor
     pristine: Tensor | None
 
     def become_adapted(self, base_class: type[nn.Module]) -> None:

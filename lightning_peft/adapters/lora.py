@@ -7,9 +7,10 @@ Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", arXiv:2106
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - the field's name for it
@@ -38,7 +39,8 @@ class LoRA(Adapter):
         targets: Globs over module names relative to the adapted network, or ``"all-linear"``: every linear layer
             except the output embedding and the head of a transformers model.
         exclude: Globs of layers to leave out.
-        dropout: Probability of dropping an input of the update during training.
+        dropout: Probability of dropping an input of the update during training. It follows the layer's train or eval
+            mode, and networks of ``from_pretrained`` come in eval mode: call ``train()`` on them if dropout is to act.
 
     Raises:
         ValueError: For a value out of range, here; for targets that do not fit a network, when it is adapted.
@@ -55,7 +57,7 @@ class LoRA(Adapter):
 
     def __post_init__(self) -> None:
         """Check what can be known without a network."""
-        if not isinstance(self.rank, int) or self.rank < 1:
+        if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1:
             raise ValueError(f"LoRA: rank={self.rank!r} must be a whole number of at least 1.")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"LoRA: dropout={self.dropout!r} must lie in [0, 1).")
@@ -101,6 +103,11 @@ class LoRA(Adapter):
             raise ValueError(
                 f"LoRA: targets={self.targets!r} without exclude={list(self.exclude)!r} leave none of the "
                 f"{len(linear)} linear layers of this {type(model).__name__}."
+            )
+        if tied := tied_weights(model) & layers.keys():
+            raise ValueError(
+                f"LoRA: {sorted(tied)} share their weight with other modules, so merging would change those too. "
+                "Leave them out with exclude=."
             )
         for name in attention_projections(model):
             if name in layers:
@@ -183,6 +190,17 @@ def attention_projections(model: nn.Module) -> Mapping[str, nn.Linear]:
     return {name: layer for name, layer in linear_layers(model).items() if name in inside}
 
 
+def tied_weights(model: nn.Module) -> set[str]:
+    """Return the modules whose ``weight`` also belongs to another module, such as an output embedding."""
+    weights = [
+        (name, id(module._parameters["weight"]))
+        for name, module in model.named_modules()
+        if module._parameters.get("weight") is not None
+    ]
+    counts = Counter(weight for _, weight in weights)
+    return {name for name, weight in weights if counts[weight] > 1}
+
+
 def heads_of(model: nn.Module) -> set[str]:
     """Return the linear layers of a transformers model outside its base model: output embedding, classifier head.
 
@@ -190,7 +208,8 @@ def heads_of(model: nn.Module) -> set[str]:
     """
     prefix = getattr(model, "base_model_prefix", "")
     base = getattr(model, prefix, None) if prefix else None
-    output = model.get_output_embeddings() if callable(getattr(model, "get_output_embeddings", None)) else None
+    get_output: Any = getattr(model, "get_output_embeddings", None)
+    output = get_output() if callable(get_output) else None
     return {
         name
         for name, layer in linear_layers(model).items()

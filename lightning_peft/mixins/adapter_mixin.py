@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
-from typing import Any, Self
+from contextvars import ContextVar
+from typing import Any, Self, cast
 
 import lightning.pytorch as pl
+from lightning.pytorch.callbacks import StochasticWeightAveraging
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
 from typing_extensions import override
 
-from lightning_peft.adapters import Adapter, FullFinetune, LinearProbe, LoRA, add_adapter
+from lightning_peft.adapters import Adapter, add_adapter
 from lightning_peft.adapters.attachment import Attachment, attachment_of
-from lightning_peft.checkpointing import RECORD, complete, refresh_base, slim
-from lightning_peft.freezing import trainable_count
+from lightning_peft.adapters.layer import AdaptedLayer
+from lightning_peft.checkpointing import complete, peek, read_record, refresh_base, slim
+from lightning_peft.freezing import trainable_count, trainable_names
 from lightning_peft.matching import nearest
-from lightning_peft.mixins.order import refuse_order
+from lightning_peft.mixins.order import is_mixin, refuse_order
+
+# The record of the checkpoint that is being loaded, for the __init__ that rebuilds the module.
+_LOADING: ContextVar[Mapping[str, Any] | None] = ContextVar("loading", default=None)
 
 
 class AdapterMixin(pl.LightningModule):
@@ -30,7 +38,9 @@ class AdapterMixin(pl.LightningModule):
     Args:
         *args: Handed on to the module.
         adapter: What to add.
-        backbone: Dotted name of the pretrained network inside the module.
+        backbone: Dotted name of the pretrained network inside the module; unset, the class attribute
+            ``backbone_name``, which is ``"backbone"``. Where the module has a ``backbone`` argument of its own, the
+            keyword is the module's and the class attribute is the way.
         **kwargs: Handed on to the module.
 
     Raises:
@@ -38,28 +48,63 @@ class AdapterMixin(pl.LightningModule):
             checkpoint is loaded, if it does not belong here.
     """
 
-    adapter: Adapter
-    backbone_name: str
+    adapter: Adapter | None
+    backbone_name: str = "backbone"
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Refuse an order of bases in which the mixin would be skipped."""
         super().__init_subclass__(**kwargs)
         refuse_order(cls, AdapterMixin)
 
-    def __init__(self, *args: Any, adapter: Adapter, backbone: str = "backbone", **kwargs: Any) -> None:
+    def __init__(self, *args: Any, adapter: Adapter | None = None, backbone: str | None = None, **kwargs: Any) -> None:
+        own = own_signature(type(self))
+        if backbone is not None and "backbone" in own.parameters:
+            kwargs["backbone"] = backbone
         super().__init__(*args, **kwargs)
-        self.adapter = as_adapter(adapter)
-        self.backbone_name = backbone
-        # save_hyperparameters() in the module collects our arguments too. As plain data they load with weights_only.
-        if isinstance(self.hparams.get("adapter"), Adapter):
-            self.hparams["adapter"] = self.adapter.to_plain()
+        # save_hyperparameters() in the module collects our arguments over the module's own. They are in the
+        # checkpoint's record already; the module's must come back.
+        for name in self.hparams.keys() & {"adapter", "backbone"}:
+            if name in own.parameters:
+                bound = own.bind(self, *args, **kwargs)
+                bound.apply_defaults()
+                self.hparams[name] = bound.arguments[name]
+            else:
+                del self.hparams[name]
+        loaded = _LOADING.get()
+        self.adapter = as_adapter(loaded["adapter"] if loaded else adapter)
+        if loaded:
+            self.backbone_name = loaded["backbone"]
+        elif backbone is not None and "backbone" not in own.parameters:
+            self.backbone_name = backbone
+
+    @classmethod
+    @override
+    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Self:
+        """Rebuild a module and its adapter from a checkpoint; ``adapter=`` need not be given again.
+
+        Raises:
+            ValueError: If the file is no checkpoint of an adapted module, or does not fit the class or its base.
+        """
+        weights_only = kwargs.get("weights_only") is not False
+        record, _ = read_record(peek(checkpoint_path, weights_only=weights_only))
+        token = _LOADING.set(None if "adapter" in kwargs else record)
+        try:
+            return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
+        finally:
+            _LOADING.reset(token)
 
     @override
     def setup(self, stage: str) -> None:
         super().setup(stage)
+        name = type(self).__name__
+        if self.adapter is None:
+            raise ValueError(f"{name}: adapter=None; pass one, for instance {name}(..., adapter=LoRA(rank=8)).")
         backbone = dict(self.named_modules()).get(self.backbone_name)  # may be built in configure_model only
-        if backbone is not None and (attachment := attachment_of(backbone)) is not None:
+        attachment = None if backbone is None else attachment_of(backbone)
+        if backbone is not None and attachment is not None:
             refresh_base(backbone, attachment)
+        if stage == "fit":
+            refuse_fit(self.trainer, self, attached=attachment is not None)
 
     @override
     def configure_model(self) -> None:
@@ -71,7 +116,7 @@ class AdapterMixin(pl.LightningModule):
 
         ``configure_model`` does it by itself. Call it there yourself, before ``fully_shard``, if your module shards.
         """
-        if attachment_of(self.adapted_network) is None:
+        if self.adapter is not None and attachment_of(self.adapted_network) is None:
             add_adapter(self.adapted_network, self.adapter)
             if self.adapter.frozen_features:
                 self.adapted_network.eval()
@@ -95,10 +140,23 @@ class AdapterMixin(pl.LightningModule):
     @override
     def train(self, mode: bool = True) -> Self:
         super().train(mode)
-        backbone = dict(self.named_modules()).get(getattr(self, "backbone_name", ""))
-        if backbone is not None and self.adapter.frozen_features:
-            backbone.eval()
+        adapter = vars(self).get("adapter")  # the module's own __init__ may call this before ours has set it
+        if adapter is not None and adapter.frozen_features and self.backbone_name in dict(self.named_modules()):
+            self.adapted_network.eval()
         return self
+
+    @override
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        # After ddp_spawn Lightning brings the trained weights back to a module that never saw configure_model.
+        prefix = f"{self.backbone_name}."
+        if any(key.startswith(prefix) for key in state_dict.keys() - self.state_dict().keys()):
+            self.attach_adapter()
+        return super().load_state_dict(state_dict, *args, **kwargs)
+
+    @override
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        super().on_before_optimizer_step(optimizer)
+        self._attached().ever_trained.update(trainable_names(self.adapted_network))
 
     @override
     def on_fit_start(self) -> None:
@@ -110,7 +168,12 @@ class AdapterMixin(pl.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
         slim(checkpoint, self, self.backbone_name, self._attached())
-        checkpoint.setdefault(self.CHECKPOINT_HYPER_PARAMS_KEY, {}).update(self._plain_arguments(checkpoint))
+        # A module that keeps one object of hyper-parameters, save_hyperparameters(cfg), is rebuilt as Module(cfg=...):
+        # Lightning looks for that name in the signature of the mixin, where it is not.
+        name = checkpoint.get(self.CHECKPOINT_HYPER_PARAMS_NAME)
+        if name not in (None, "kwargs"):
+            checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY] = {name: checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY]}
+            checkpoint[self.CHECKPOINT_HYPER_PARAMS_NAME] = "kwargs"
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -120,57 +183,53 @@ class AdapterMixin(pl.LightningModule):
 
     def _attached(self) -> Attachment:
         attachment = attachment_of(self.adapted_network)
-        assert attachment is not None
+        if attachment is None:
+            raise ValueError(
+                f"{type(self).__name__}: the backbone {self.backbone_name!r} carries no adapter (any more). "
+                "Call self.attach_adapter(), or use the plain class where the adapter was taken off or merged."
+            )
         return attachment
 
-    def _plain_arguments(self, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-        """Return our own arguments for ``load_from_checkpoint``; LightningCLI has written its own form of them."""
-        if "_instantiator" in checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY]:
-            return {}
-        return {"adapter": checkpoint[RECORD]["adapter"], "backbone": self.backbone_name}
 
-
-class LoRAMixin(AdapterMixin):
-    """Low-rank updates on the backbone: :class:`AdapterMixin` with ``adapter=LoRA()``."""
-
-    def __init__(self, *args: Any, adapter: LoRA = LoRA(), backbone: str = "backbone", **kwargs: Any) -> None:  # noqa: B008
-        super().__init__(*args, adapter=adapter, backbone=backbone, **kwargs)
-
-
-class LinearProbeMixin(AdapterMixin):
-    """A frozen backbone in eval mode; only what lies outside it trains."""
-
-    def __init__(
-        self,
-        *args: Any,
-        adapter: LinearProbe = LinearProbe(),
-        backbone: str = "backbone",
-        **kwargs: Any,  # noqa: B008
-    ) -> None:
-        super().__init__(*args, adapter=adapter, backbone=backbone, **kwargs)
-
-
-class FullFinetuneMixin(AdapterMixin):
-    """Everything trains; checkpoints and schedules work as on the other rungs."""
-
-    def __init__(
-        self,
-        *args: Any,
-        adapter: FullFinetune = FullFinetune(),
-        backbone: str = "backbone",
-        **kwargs: Any,  # noqa: B008
-    ) -> None:
-        super().__init__(*args, adapter=adapter, backbone=backbone, **kwargs)
-
-
-def as_adapter(value: Adapter | Mapping[str, Any]) -> Adapter:
-    """Return an adapter given as itself or as the plain data of a checkpoint.
+def as_adapter(value: Adapter | Mapping[str, Any] | None) -> Adapter | None:
+    """Return an adapter given as itself or as the plain data of a checkpoint; None stays None.
 
     Raises:
         TypeError: For anything else.
     """
-    if isinstance(value, Adapter):
+    if value is None or isinstance(value, Adapter):
         return value
     if isinstance(value, Mapping):
         return Adapter.from_plain(value)
     raise TypeError(f"adapter={value!r} must be an Adapter, for instance LoRA(rank=8).")
+
+
+def own_signature(cls: type) -> inspect.Signature:
+    """Return the signature of the user's own ``__init__``: of the first base that is no mixin nor made with one."""
+    for base in cls.__mro__:
+        if "__init__" in vars(base) and not is_mixin(base) and not issubclass(base, AdapterMixin):
+            return inspect.signature(vars(base)["__init__"])
+    return inspect.Signature()
+
+
+def refuse_fit(trainer: pl.Trainer, module: AdapterMixin, *, attached: bool) -> None:
+    """Stop a run that could not end well.
+
+    Raises:
+        ValueError: For a merged adapter, a resume under FSDP2, and weight averaging that copies the module too early.
+    """
+    name = type(module).__name__
+    if any(isinstance(layer, AdaptedLayer) and layer.merged for layer in module.modules()):
+        raise ValueError(f"{name}: the adapter is merged, so nothing of it would train. Call unmerge_adapter first.")
+    if isinstance(trainer.strategy, ModelParallelStrategy) and trainer.ckpt_path is not None:
+        raise ValueError(
+            f"{name}: ckpt_path={str(trainer.ckpt_path)!r}: under FSDP2 a checkpoint of what trains cannot be resumed "
+            "yet. Resume with strategy='ddp'."
+        )
+    if not attached and any(
+        isinstance(callback, StochasticWeightAveraging) for callback in cast("Any", trainer).callbacks
+    ):
+        raise ValueError(
+            f"{name}: StochasticWeightAveraging copies the module before the adapter comes. Call attach_adapter() on "
+            "the module before fit, or use WeightAveraging."
+        )

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+
 from lightning_peft import Adapter, FullFinetune, LinearProbe, LoRA
 from lightning_peft.version import __version__
 

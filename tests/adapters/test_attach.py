@@ -4,6 +4,8 @@ import copy
 
 import pytest
 import torch
+from torch import nn
+
 from lightning_peft import (
     FullFinetune,
     LinearProbe,
@@ -17,7 +19,6 @@ from lightning_peft import (
 )
 from tests.adapters.test_lora import small, trained
 from tests.toy import same, weights
-from torch import nn
 
 ADAPTERS = [LoRA(rank=2), LinearProbe(), FullFinetune()]
 
@@ -95,6 +96,15 @@ def test_a_disabled_adapter_leaves_the_pretrained_network(merged):
             pass
         assert torch.equal(model(x), base(x))
     assert torch.equal(model(x), output)
+
+
+def test_a_network_that_trained_itself_cannot_pretend_to_be_pretrained():
+    model = add_adapter(small(), FullFinetune())
+    with (
+        pytest.raises(ValueError, match="adapter_disabled: 3 weights of the network itself train"),
+        adapter_disabled(model),
+    ):
+        pass
 
 
 def test_removing_a_merged_adapter_restores_the_pretrained_weights():

@@ -4,13 +4,14 @@ import copy
 
 import pytest
 import torch
+from torch import nn
+
 from lightning_peft.adapters.fingerprint import (
     fingerprint,
     fingerprint_differences,
     fingerprint_from_plain,
     fingerprint_to_plain,
 )
-from torch import nn
 
 
 def test_equal_networks_do_not_differ_and_plain_data_comes_back():

@@ -5,9 +5,10 @@ import pickle
 
 import pytest
 import torch
+from torch import nn
+
 from lightning_peft import LoRA, add_adapter
 from lightning_peft.adapters.lora import LoRALinear
-from torch import nn
 
 
 def small() -> nn.Sequential:
@@ -126,6 +127,14 @@ def test_attention_projections_are_left_out_and_refused_by_name():
         add_adapter(model, LoRA(targets=["*"]))
 
 
+def test_a_weight_that_belongs_to_another_module_too_is_refused():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4), nn.Linear(4, 4))
+    model[2].weight = model[0].weight
+    with pytest.raises(ValueError, match=r"\['0', '2'\] share their weight with other modules"):
+        add_adapter(model, LoRA(rank=2))
+    assert list(LoRA(rank=2, exclude=["0", "2"]).select(model)) == ["3"]
+
+
 def test_targets_and_exclude_choose_by_glob():
     model = nn.ModuleDict({"query": nn.Linear(4, 4), "key": nn.Linear(4, 4), "Query": nn.Linear(4, 4)})
     assert list(LoRA(targets=["quer*"]).select(model)) == ["query"]
@@ -137,6 +146,7 @@ def test_targets_and_exclude_choose_by_glob():
     [
         (lambda: LoRA(rank=0), "rank=0 must be a whole number of at least 1"),
         (lambda: LoRA(rank=2.5), "rank=2.5"),
+        (lambda: LoRA(rank=True), "rank=True"),
         (lambda: LoRA(dropout=1.0), "dropout=1.0"),
         (lambda: LoRA(alpha=0), "alpha=0"),
         (lambda: LoRA(targets=[]), r"targets=\[\]"),
@@ -167,7 +177,13 @@ def test_a_linear_layer_with_behaviour_of_its_own_is_refused():
 def tiny(kind: str):
     import transformers
 
-    shared = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24, "initializer_range": 0.5}
+    shared = {
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 24,
+        "initializer_range": 0.5,
+    }
     if kind == "bert":
         return transformers.BertForSequenceClassification(transformers.BertConfig(vocab_size=50, **shared)), "SEQ_CLS"
     if kind == "roberta":

@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+
 from lightning_peft import FullFinetune, LoRA, add_adapter, merge_adapter
 from lightning_peft.adapters.attachment import attachment_of
 from lightning_peft.adapters.peft_format import load_adapter, save_adapter

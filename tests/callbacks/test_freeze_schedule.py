@@ -7,6 +7,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+
 from lightning_peft import LoRA, LoRAMixin
 from lightning_peft.callbacks import FreezeSchedule, Phase
 from lightning_peft.freezing import trainable_names
@@ -47,6 +48,7 @@ UPPER = HEAD | {"backbone.2.weight", "backbone.2.bias"}
         ([Phase(["*"], steps=3), Phase(["head.*"])], [ALL] * 3 + [HEAD] * 5),
         ([Phase(["head.*"], epochs=1), Phase(["*"], steps=2), Phase(["head.*"])], [HEAD] * 4 + [ALL] * 2 + [HEAD] * 2),
         ([Phase(["head.*"], steps=2), Phase(["*"], epochs=1), Phase(["head.*"])], [HEAD] * 2 + [ALL] * 2 + [HEAD] * 4),
+        ([Phase(["head.*"], steps=4), Phase(["*"], epochs=1), Phase(["head.*"])], [HEAD] * 4 + [ALL] * 4),
         ([Phase(["head.*"], steps=1)], [HEAD] * 8),
     ],
 )  # fmt: skip
@@ -88,6 +90,16 @@ def test_thaw_base_frees_the_base_although_the_optimizer_filters(fit, tmp_path):
     trainer.save_checkpoint(tmp_path / "net.ckpt")
     again = LoRAToy.load_from_checkpoint(tmp_path / "net.ckpt")
     assert same(weights(again), weights(net))
+
+
+def test_a_checkpoint_from_before_the_thaw_loads_into_the_same_run(fit, tmp_path):
+    net = LoRAToy()
+    schedule = FreezeSchedule([Phase(["head.*"], steps=2), Phase(["*"], thaw_base=True)])
+    keep = ModelCheckpoint(tmp_path / "kept", save_top_k=-1, every_n_train_steps=1, filename="{step}")
+    fit(net, schedule, keep)
+    net.on_load_checkpoint(early := torch.load(tmp_path / "kept" / "step=1.ckpt", weights_only=True))
+    net.load_state_dict(early["state_dict"])
+    assert torch.equal(net.backbone[0].weight, Toy().backbone[0].weight)
 
 
 @pytest.mark.parametrize("stop", range(1, 9))

@@ -356,6 +356,29 @@ def test_a_copy_of_the_callback_gives_the_same_rows_before_and_after_a_fit(fit, 
     assert every_step(nets[0]) == every_step(nets[1]) == every_step(nets[2])
 
 
+@pytest.mark.parametrize("twin", [copy.deepcopy, lambda it: pickle.loads(pickle.dumps(it))], ids=["deepcopy", "pickle"])
+def test_a_copy_in_the_middle_of_a_fit_has_the_state_but_not_the_loaders(fit, twin):
+    class Copies(pl.Callback):
+        def on_train_batch_end(self, *args):
+            copies.append(twin(replay))
+
+    copies = []
+    replay = ReplayMixing(DataLoader(memory(), 4, num_workers=1), 0.25)
+    fit(Rehearsing(), replay, Copies(), steps=3)
+    assert [made.state_dict() for made in copies] == [{"epoch": 0, "step": step} for step in (1, 2, 3)]
+
+
+def random_collate(rows):
+    torch.rand(1)
+    return torch.utils.data.default_collate(rows)
+
+
+def test_trying_the_collate_function_takes_no_number_from_the_generator_of_the_run():
+    state = torch.get_rng_state()
+    ReplayMixing(memory(), 0.25).mix(DataLoader(numbered(24), 6, collate_fn=random_collate))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 def test_the_length_of_an_epoch_is_printed_at_the_start(fit, caplog):
     with caplog.at_level("INFO"):
         fit(Counting(), ReplayMixing(memory(), 0.25))

@@ -7,6 +7,8 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import nn
+
 from lightning_peft import (
     AdapterMixin,
     FullFinetune,
@@ -20,7 +22,6 @@ from lightning_peft.adapters.attachment import attachment_of
 from lightning_peft.freezing import trainable_names
 from lightning_peft.version import __version__
 from tests.toy import Batches, Toy, rows, same, weights
-from torch import nn
 
 
 class LoRAToy(LoRAMixin, Toy):
@@ -286,3 +287,116 @@ def test_the_command_line_chooses_any_adapter_by_name(monkeypatch, tmp_path):
     assert run.model.adapter.rank == 3
     probe = cli(AnyCommandToy, ["--model.adapter=lightning_peft.LinearProbe"], monkeypatch, tmp_path)
     assert isinstance(probe.model.adapter, LinearProbe)
+
+
+class OwnBackboneToy(Toy):
+    """A module with a backbone argument of its own."""
+
+    def __init__(self, backbone: str = "small") -> None:
+        super().__init__(width={"small": 6, "large": 8}[backbone])
+        self.save_hyperparameters()
+
+
+class OwnBackboneLoRAToy(LoRAMixin, OwnBackboneToy):
+    pass
+
+
+class ConfigToy(Toy):
+    """A module that keeps one object of hyper-parameters."""
+
+    def __init__(self, cfg: dict) -> None:
+        super().__init__(width=cfg["width"])
+        self.save_hyperparameters(cfg)
+
+
+class ConfigLoRAToy(LoRAMixin, ConfigToy):
+    pass
+
+
+class FixedToy(LoRAMixin, SavingToy):
+    """Gives the adapter itself, and hands the rest on."""
+
+    def __init__(self, **options) -> None:
+        super().__init__(adapter=LoRA(rank=2), **options)
+
+
+@pytest.mark.parametrize(
+    ("make", "width"),
+    [
+        (lambda: OwnBackboneLoRAToy(backbone="large", adapter=lora()), 8),
+        (lambda: OwnBackboneLoRAToy("large", adapter=lora()), 8),
+        (lambda: ConfigLoRAToy({"width": 6}, adapter=lora()), 6),
+        (lambda: FixedToy(width=6), 6),
+    ],
+)
+def test_modules_with_arguments_of_all_kinds_come_back(make, width, fit, tmp_path):
+    net = make()
+    again = type(net).load_from_checkpoint(saved(net, fit, tmp_path), weights_only=True)
+    assert again.head.in_features == width
+    assert same(weights(again), weights(net))
+
+
+def test_the_general_mixin_asks_for_an_adapter_before_training(fit):
+    class AnyToy(AdapterMixin, Toy):
+        pass
+
+    with pytest.raises(ValueError, match=r"adapter=None; pass one, for instance AnyToy\(..., adapter=LoRA"):
+        fit(AnyToy())
+
+
+def test_a_base_weight_that_somebody_else_thawed_is_in_the_checkpoint(fit, tmp_path):
+    class Thaw(pl.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            pl_module.backbone[0].weight.requires_grad_(batch_idx < 2)
+
+    class AllToy(LoRAMixin, Toy):
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    net = AllToy(adapter=lora())
+    trainer = fit(net, Thaw())
+    assert not net.backbone[0].weight.requires_grad
+    trainer.save_checkpoint(tmp_path / "net.ckpt")
+    assert same(weights(AllToy.load_from_checkpoint(tmp_path / "net.ckpt")), weights(net))
+
+
+def test_a_module_that_sets_its_mode_in_init_works(fit):
+    class EvalToy(Toy):
+        def __init__(self) -> None:
+            super().__init__()
+            self.eval()
+
+    class EvalProbeToy(LinearProbeMixin, EvalToy):
+        pass
+
+    net = EvalProbeToy()
+    fit(net)
+    assert not net.train().backbone.training
+
+
+def test_testing_with_the_checkpoint_of_a_bf16_true_run_works(fit, tmp_path):
+    class TestedToy(LoRAMixin, Toy):
+        def test_step(self, batch, batch_idx):
+            self(batch[0])
+
+        def train_dataloader(self):
+            return torch.utils.data.DataLoader(rows(24, dtype=torch.bfloat16), 6)
+
+        test_dataloader = train_dataloader
+
+    net = TestedToy(adapter=lora())
+    trainer = fit(net, precision="bf16-true")
+    trainer.save_checkpoint(tmp_path / "net.ckpt")
+    trainer.test(net, ckpt_path=tmp_path / "net.ckpt", verbose=False)
+
+
+@pytest.mark.filterwarnings("ignore:You're using the WeightAveraging callback")
+def test_weight_averaging_that_copies_too_early_is_refused_and_the_other_works(fit):
+    from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging
+
+    with pytest.raises(ValueError, match=r"copies the module before the adapter comes. Call attach_adapter\(\)"):
+        fit(LoRAToy(adapter=lora()), StochasticWeightAveraging(swa_lrs=0.01))
+    net = LoRAToy(adapter=lora())
+    net.attach_adapter()
+    fit(net, StochasticWeightAveraging(swa_lrs=0.01, swa_epoch_start=1), epochs=3)
+    fit(net, EMAWeightAveraging())

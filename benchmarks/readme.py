@@ -1,0 +1,37 @@
+"""Put the tables of benchmarks/results into README.md, and draw its picture from the same figures."""
+
+from __future__ import annotations
+
+import csv
+import re
+import statistics
+from pathlib import Path
+
+from lightning_peft.recipes.sentiment import SKILLS
+from lightning_peft.reporting import plot_learned_forgotten
+
+RESULTS = Path("benchmarks/results")
+
+
+def main() -> None:
+    """Rewrite README.md between its markers, and docs/sentiment.png."""
+    readme = Path("README.md")
+    text = readme.read_text()
+    for name in re.findall(r"<!-- table: (\w+) -->", text):
+        table = (RESULTS / f"{name}.md").read_text().strip()
+        pattern = rf"(<!-- table: {name} -->\n).*?(<!-- end -->)"
+        text = re.sub(pattern, lambda found, table=table: f"{found[1]}{table}\n{found[2]}", text, flags=re.DOTALL)
+    readme.write_text(text)
+    rows: dict[str, list[dict[str, str]]] = {}
+    with (RESULTS / "sentiment.csv").open(newline="") as stream:
+        for row in csv.DictReader(stream):
+            rows.setdefault(row["arm"], []).append(row)
+    keys = ("accuracy", "forgetting", "unreplayed_forgetting")
+    means = {
+        arm: {key: statistics.mean(float(row[key]) for row in found) for key in keys} for arm, found in rows.items()
+    }
+    plot_learned_forgotten(Path("docs/sentiment.png"), means, SKILLS)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,33 @@
+"""The rungs of the adaptation ladder, a mixin each."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning_peft.adapters import FullFinetune, LinearProbe, LoRA
+from lightning_peft.mixins.adapter_mixin import AdapterMixin
+
+
+class LoRAMixin(AdapterMixin):
+    """Low-rank updates on the backbone: :class:`AdapterMixin` with ``adapter=LoRA()``."""
+
+    def __init__(self, *args: Any, adapter: LoRA = LoRA(), backbone: str | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, adapter=adapter, backbone=backbone, **kwargs)
+
+
+class LinearProbeMixin(AdapterMixin):
+    """A frozen backbone in eval mode; only what lies outside it trains."""
+
+    def __init__(
+        self, *args: Any, adapter: LinearProbe = LinearProbe(), backbone: str | None = None, **kwargs: Any
+    ) -> None:
+        super().__init__(*args, adapter=adapter, backbone=backbone, **kwargs)
+
+
+class FullFinetuneMixin(AdapterMixin):
+    """Everything trains; checkpoints and schedules work as on the other rungs."""
+
+    def __init__(
+        self, *args: Any, adapter: FullFinetune = FullFinetune(), backbone: str | None = None, **kwargs: Any
+    ) -> None:
+        super().__init__(*args, adapter=adapter, backbone=backbone, **kwargs)
