@@ -20,7 +20,10 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-GRID = {"probe": (5e-3, 1e-2, 2e-2), "full": (5e-5, 1e-4, 2e-4), "suite": (1e-3, 2e-3, 4e-3)}
+from lightning_peft.recipes.sentiment import COMPONENTS, verdicts
+
+GRID = {"probe": (5e-3, 1e-2, 2e-2, 4e-2), "full": (5e-5, 1e-4, 2e-4), "suite": (2e-3, 4e-3, 8e-3)}
+ABLATED = ("suite", *(f"suite without {component}" for component in COMPONENTS))
 COLUMNS = ("accuracy", "recall_before", "recall_after", "unreplayed_before", "unreplayed_after")
 TUNING_SEED = 100
 
@@ -35,7 +38,13 @@ class Job:
 
     def folder(self, root: Path) -> Path:
         """Return where the run writes."""
-        return root / "-".join((*self.arms, str(self.seed), *(option.lstrip("-") for option in self.options)))
+        return root / "-".join(
+            (
+                *(arm.replace(" ", "_") for arm in self.arms),
+                str(self.seed),
+                *(option.lstrip("-") for option in self.options),
+            )
+        )
 
     def run(self, root: Path) -> dict[str, dict[str, float]]:
         """Return the rows by arm, from an earlier run if there is one."""
@@ -72,20 +81,25 @@ def tune(root: Path, parallel: int) -> None:
 def table(root: Path, parallel: int, seeds: Iterable[int], *, ablate: bool) -> None:
     """Print means and standard deviations over seeds."""
     seeds = list(seeds)
-    arms = ((),) if ablate else (("suite",), ("full",), ("probe",))
-    options = ("--ablate",) if ablate else ()
-    jobs = [Job(names, seed, options) for seed in seeds for names in arms]
+    arms = ABLATED if ablate else tuple(GRID)
+    jobs = [Job((arm,), seed) for arm in reversed(arms) for seed in seeds]
     rows: dict[str, list[dict[str, float]]] = {}
-    for result in run_all(jobs, root, parallel):
-        for arm, row in result.items():
-            rows.setdefault(arm, []).append(row)
+    for job, result in zip(jobs, run_all(jobs, root, parallel), strict=True):
+        rows.setdefault(job.arms[0], []).append(result[job.arms[0]])
+    rows = {arm: rows[arm] for arm in arms}
     name = "sentiment_ablation" if ablate else "sentiment"
     with Path("benchmarks/results", f"{name}.csv").open("w", newline="") as stream:
         writer = csv.DictWriter(stream, ["arm", "seed", *rows[next(iter(rows))][0]])
         writer.writeheader()
         for arm, found in rows.items():
             writer.writerows({"arm": arm, "seed": seed, **row} for seed, row in zip(seeds, found, strict=True))
-    write(name, table_lines(rows, seeds))
+    lines = table_lines(rows, seeds)
+    if ablate:
+        means = {
+            arm: {key: statistics.mean(row[key] for row in found) for key in COLUMNS} for arm, found in rows.items()
+        }
+        lines += ["", *(f"- {line}" for line in verdicts(means))]
+    write(name, lines)
 
 
 def table_lines(rows: dict[str, list[dict[str, float]]], seeds: list[int]) -> list[str]:

@@ -58,8 +58,14 @@ def test_every_component_is_left_out_once():
     for arm, component in zip(others, recipe.COMPONENTS, strict=True):
         assert arm.name == f"suite without {component}"
         different = {f.name for f in dataclasses.fields(arm) if getattr(arm, f.name) != getattr(suite, f.name)}
-        expected = {"LoRA": {"adapter", "lr"}, "zero head": {"zero_head"}, "head first": {"head_first"}}
-        assert different - {"name"} == expected.get(component, {"replay"})
+        expected = {
+            "LoRA": {"adapter", "lr", "anchor"},
+            "zero head": {"zero_head"},
+            "head first": {"head_first"},
+            "replay": {"replay", "anchor"},
+            "anchor": {"anchor"},
+        }
+        assert different - {"name"} == expected[component]
 
 
 def test_a_component_without_effect_is_said_to_have_none():
@@ -68,6 +74,7 @@ def test_a_component_without_effect_is_said_to_have_none():
     rows["suite without replay"]["recall_after"] = 0.10
     lines = recipe.verdicts(rows)
     assert lines[:3] == [f"Without {name}: no measurable effect here" for name in recipe.COMPONENTS[:3]]
+    assert lines[4] == "Without anchor: no measurable effect here"
     assert lines[3].startswith("Without replay: recall_after -0.180 (standard error 0.024")
 
 
@@ -99,9 +106,9 @@ def test_a_short_run_leaves_table_files_picture_and_logs(suite_run):
     assert 0.2 < row["recall_before"] < 0.3
     assert 0.4 < row["unreplayed_before"] < 0.6
     assert row["forgetting"] == pytest.approx(row["recall_before"] - row["recall_after"])
-    # 770 in the head; rank 8 on 6 layers of 4 square and 2 oblong matrices
-    assert row["trainable_parameters"] == 2 * 384 + 2 + 6 * 8 * (4 * (384 + 384) + 2 * (384 + 1536))
-    assert row["checkpoint_bytes"] < 2_000_000
+    # 770 in the head; rank 16 on 6 layers of 4 square and 2 oblong matrices
+    assert row["trainable_parameters"] == 2 * 384 + 2 + 6 * 16 * (4 * (384 + 384) + 2 * (384 + 1536))
+    assert row["checkpoint_bytes"] < 3_000_000
     with (suite_run / "results.csv").open() as stream:
         assert next(csv.DictReader(stream))["arm"] == "suite"
     assert (suite_run / "learned_and_forgotten.png").read_bytes().startswith(b"\x89PNG")
@@ -120,7 +127,7 @@ def test_tensorboard_has_both_curves_and_the_trainable_count(suite_run):
     assert steps["forgetting/half_review_guard"] == steps["retained/half_review_guard"] == [0, 2, 4]
     assert len(steps["learn/accuracy"]) == 2
     assert steps["schedule/trainable_parameters"] == [0, 2]
-    assert [int(event.value) for event in log.Scalars("schedule/trainable_parameters")] == [770, 332546]
+    assert [int(event.value) for event in log.Scalars("schedule/trainable_parameters")] == [770, 664322]
     assert "adapter/trainable_parameters" in steps
 
 
