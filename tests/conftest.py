@@ -61,7 +61,7 @@ def suite_run(tmp_path_factory):
     out = tmp_path_factory.mktemp("run") / "sentiment"
     command = Path(sys.executable).with_name("lightning-peft")
     options = ["--arms", "suite", "--steps", "4", "--head_steps", "2", "--out", str(out)]
-    run = subprocess.run([command, "sentiment", *options], cwd=out.parent, capture_output=True, text=True, timeout=500)
+    run = subprocess.run([command, "sentiment", *options], cwd=out.parent, capture_output=True, text=True, timeout=1200)
     assert run.returncode == 0, run.stderr[-4000:]
     (out / "printed.txt").write_text(run.stdout)
     (out / "said.json").write_text(json.dumps(run.stderr))

@@ -27,6 +27,7 @@ def add_adapter(model: nn.Module, adapter: Adapter, name: str = "default") -> nn
     Raises:
         ValueError: If the network carries an adapter already, is sharded already, or does not fit the adapter.
 
+    >>> from lightning_peft import LoRA
     >>> net = add_adapter(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 2)), LoRA(rank=2, targets=["0"]))
     >>> [key for key, parameter in net.named_parameters() if parameter.requires_grad]
     ['0.lora_A.default', '0.lora_B.default']

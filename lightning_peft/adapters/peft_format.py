@@ -21,7 +21,7 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _REQUIRED = ("peft_type", "r", "lora_alpha", "target_modules")
 # Fields that change what the adapter computes. Anything but these values is refused, not ignored.
-_PLAIN_LORA: dict[str, Any] = {
+_WRITTEN: dict[str, Any] = {
     "use_rslora": False,
     "use_dora": False,
     "lora_bias": False,
@@ -32,15 +32,20 @@ _PLAIN_LORA: dict[str, Any] = {
     "modules_to_save": None,
     "layers_to_transform": None,
     "layers_pattern": None,
-    "trainable_token_indices": None,
-    "target_parameters": None,
-    "layer_replication": None,
-    "alora_invocation_tokens": None,
-    "use_qalora": False,
-    "use_bdlora": None,
-    "arrow_config": None,
-    "kasa_config": None,
 }
+# The same, of later PEFT releases: left out when writing, since an earlier one warns of fields that it does not know.
+_LATER = dict.fromkeys(
+    (
+        "trainable_token_indices",
+        "target_parameters",
+        "layer_replication",
+        "alora_invocation_tokens",
+        "use_qalora",
+        "use_bdlora",
+        "arrow_config",
+        "kasa_config",
+    )
+)
 
 
 def save_adapter(model: nn.Module, path: str | Path, *, base: str | None = None) -> Path:
@@ -68,7 +73,7 @@ def save_adapter(model: nn.Module, path: str | Path, *, base: str | None = None)
         for matrix in ("lora_A", "lora_B")
     }
     config = {
-        **_PLAIN_LORA,
+        **_WRITTEN,
         "peft_type": "LORA",
         "task_type": None,
         "base_model_name_or_path": base,
@@ -127,9 +132,10 @@ def _lora(config: dict[str, Any], model: nn.Module) -> LoRA:
         raise ValueError(f"load_adapter: {CONFIG} lacks {missing}; PEFT would guess them, and a wrong guess is silent.")
     if config["peft_type"] != "LORA":
         raise ValueError(f"load_adapter: peft_type={config['peft_type']!r} cannot be read yet; only LORA can.")
-    # An empty dict or list means the same as null here.
+    plain = {**_WRITTEN, **_LATER}
+    # An empty dict or list, false and null mean the same in these fields.
     strange = {
-        key: config[key] for key, plain in _PLAIN_LORA.items() if (config.get(key, plain) or None) != (plain or None)
+        key: config[key] for key in plain.keys() & config.keys() if (config[key] or None) != (plain[key] or None)
     }
     if strange:
         raise ValueError(f"load_adapter: {CONFIG} asks for {strange}, which cannot be computed yet.")

@@ -126,6 +126,7 @@ def test_resuming_at_any_step_goes_on_as_if_nothing_had_happened(phases, stop, f
     assert again.state_dict() == schedule.state_dict()
 
 
+@pytest.mark.filterwarnings("ignore:The epoch parameter in `scheduler.step")  # torch's own SequentialLR, up to 2.6
 @pytest.mark.parametrize("scheduler", ["LambdaLR", "OneCycleLR", "CosineAnnealingLR", "SequentialLR", "StepLR"])
 def test_learning_rate_schedulers_go_on_as_without_a_schedule(scheduler, fit):
     class Scheduled(Toy):

@@ -379,10 +379,11 @@ def test_trying_the_collate_function_takes_no_number_from_the_generator_of_the_r
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_the_length_of_an_epoch_is_printed_at_the_start(fit, caplog):
-    with caplog.at_level("INFO"):
-        fit(Counting(), ReplayMixing(memory(), 0.25))
-    assert "25.0% old rows from a memory of 7; an epoch is 6 steps" in caplog.text
+def test_the_length_of_an_epoch_is_printed_at_the_start(fit, monkeypatch):
+    said = []
+    monkeypatch.setattr("lightning_peft.callbacks.replay_mixing.rank_zero_info", said.append)
+    fit(Counting(), ReplayMixing(memory(), 0.25))
+    assert said == ["ReplayMixing: 25.0% old rows from a memory of 7; an epoch is 6 steps."]
 
 
 class Stream(IterableDataset):
