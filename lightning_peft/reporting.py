@@ -30,21 +30,20 @@ def format_value(value: object) -> str:
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
 
 
-def print_table(title: str, columns: Mapping[str, str], rows: Mapping[str, Row], *, first: str = "arm") -> None:
-    """Print rows as a table.
+def print_table(title: str, measures: Mapping[str, str], rows: Mapping[str, Row]) -> None:
+    """Print what was measured, a line per measure and a column per arm: few arms fit a narrow terminal so.
 
     Args:
         title: Stands above the table.
-        columns: Key in a row, and the heading of its column.
-        rows: Rows by name.
-        first: Heading of the names.
+        measures: Key in a row, and what it is called.
+        rows: Values by arm.
     """
     table = Table(title=title, title_justify="left")
-    table.add_column(first, no_wrap=True)
-    for heading in columns.values():
-        table.add_column(heading, justify="right")
-    for name, row in rows.items():
-        table.add_row(name, *(format_value(row.get(key, "-")) for key in columns))
+    table.add_column("")
+    for name in rows:
+        table.add_column(name, justify="right")
+    for key, label in measures.items():
+        table.add_row(label, *(format_value(row.get(key, "-")) for row in rows.values()))
     Console().print(table)
 
 
@@ -78,12 +77,12 @@ def plot_learned_forgotten(
     panels = figure.subplots(1, len(skills), sharey=True, squeeze=False)[0]
     for panel, (key, title) in zip(panels, skills, strict=True):
         for number, (name, row) in enumerate(rows.items()):
-            panel.scatter(row[key], row[learned], s=70, color=f"C{number % 10}", label=name, zorder=3)
+            panel.scatter(row[key], row[learned], s=70, color=f"C{number % 10}", zorder=3)
+            panel.annotate(name, (row[key], row[learned]), xytext=(7, 6), textcoords="offset points")
         panel.axvline(0, color="0.6", linewidth=1)
         panel.grid(alpha=0.3)
         panel.set_title(title)
         panel.set_xlabel("forgotten: recall@1 before minus after")
-        panel.margins(0.15)
+        panel.margins(0.2)
     panels[0].set_ylabel("learned: sentiment accuracy on test rows")
-    panels[-1].legend(loc="best", frameon=False)
     write_atomic(file, lambda draft: figure.savefig(draft, dpi=130))

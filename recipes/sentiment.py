@@ -470,16 +470,17 @@ class Classifier:
 
 # --- the run ----------------------------------------------------------------------------------------------------------
 
-COLUMNS = {
-    "accuracy": "accuracy",
-    "recall_before": "replayed skill\nbefore",
-    "recall_after": "\nafter",
-    "forgetting": "\nforgotten",
-    "unreplayed_before": "never replayed\nbefore",
-    "unreplayed_after": "\nafter",
-    "unreplayed_forgetting": "\nforgotten",
-    "trainable_parameters": "trainable\nparameters",
-    "checkpoint_bytes": "checkpoint\nbytes",
+MEASURES = {
+    "accuracy": "sentiment accuracy",
+    "recall_before": "replayed skill: recall@1 before",
+    "recall_after": "  after",
+    "forgetting": "  forgotten",
+    "unreplayed_before": "never replayed skill: recall@1 before",
+    "unreplayed_after": "  after",
+    "unreplayed_forgetting": "  forgotten",
+    "trainable_parameters": "trainable parameters",
+    "checkpoint_bytes": "checkpoint bytes",
+    "lr": "learning rate",
     "seconds": "seconds",
 }
 SKILLS = (
@@ -542,7 +543,7 @@ def show(out: Path, rows: dict[str, dict[str, Any]], options: Sentiment) -> None
     title = (
         f"Sentiment learned, retrieval kept (recall@1; seed {options.seed}, {options.steps} steps, {options.rows} rows)"
     )
-    print_table(title, COLUMNS, rows)
+    print_table(title, MEASURES, rows)
     if options.ablate:
         for line in verdicts(rows):
             print(line)

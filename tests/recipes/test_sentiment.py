@@ -174,3 +174,25 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_table(tmp_path):
     rows = [json.loads((tmp_path / name / "results.json").read_text())["arms"]["suite"] for name in ("whole", "killed")]
     keys = ("accuracy", "recall_before", "recall_after", "unreplayed_after")
     assert [rows[0][key] for key in keys] == [rows[1][key] for key in keys]
+
+
+@pytest.mark.large
+def test_two_processes_run_the_whole_job_and_write_one_table(tmp_path):
+    options = ["--arms", "suite", "--steps", "4", "--head_steps", "2", "--out", str(tmp_path), "--accelerator", "cpu"]
+    command = [
+        sys.executable,
+        "-m",
+        "lightning_peft.recipes.sentiment",
+        *options,
+        "--devices",
+        "2",
+        "--strategy",
+        "ddp",
+    ]
+    run = subprocess.run(
+        command, capture_output=True, text=True, timeout=900, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    row = json.loads((tmp_path / "results.json").read_text())["arms"]["suite"]
+    assert 0.2 < row["recall_before"] < 0.3
+    assert run.stdout.count("sentiment accuracy") == 1
