@@ -161,6 +161,17 @@ def test_another_pretrained_network_is_refused(checkpoint, fit, tmp_path):
         OtherToy.load_from_checkpoint(tmp_path / "net.ckpt")
 
 
+def test_a_module_that_has_grown_since_is_refused(checkpoint, tmp_path):
+    class GrownToy(LoRAToy):
+        def __init__(self) -> None:
+            super().__init__()
+            self.second_head = nn.Linear(8, 3)
+
+    torch.save(checkpoint, tmp_path / "net.ckpt")
+    with pytest.raises(ValueError, match=r"2 missing from the checkpoint:\n\s+second_head.bias"):
+        GrownToy.load_from_checkpoint(tmp_path / "net.ckpt")
+
+
 def test_another_adapter_is_refused(checkpoint, tmp_path):
     class WiderToy(LoRAMixin, Toy):
         pass
