@@ -76,7 +76,8 @@ class Sentiment:
         lr: Learning rate, instead of the one chosen on validation rows for each arm.
         rows: On which rows accuracy is reported; learning rates are chosen on "validation".
         out: Folder for results, TensorBoard logs, checkpoints and the adapter.
-        resume: Go on with the killed run in this folder: finished arms are kept, the arm in the middle is resumed.
+        resume: Go on with the killed run in this folder: finished arms are kept, the arm in the middle is resumed (the
+            order of its new rows begins anew: a plain loader keeps no position).
         model: Hub id or folder of a sentence encoder; unset, the packaged MiniLM.
         data: CSV file with columns text and label (0 or 1), or hub id of such a data set; unset, the packaged
             Rotten Tomatoes rows. The old skills stay the same.
