@@ -19,7 +19,7 @@ from lightning_peft.adapters.fingerprint import (
     fingerprint_to_plain,
     print_tensor,
 )
-from lightning_peft.adapters.layer import AdaptedLayer
+from lightning_peft.adapters.layer import AdaptedLayer, is_merged
 from lightning_peft.freezing import record_trained
 from lightning_peft.version import __version__
 
@@ -72,7 +72,7 @@ def complete(checkpoint: dict[str, Any], root: nn.Module, backbone: str, attachm
     """
     record, base = read_record(checkpoint)
     network = root.get_submodule(backbone)
-    if any(isinstance(layer, AdaptedLayer) and layer.merged for layer in network.modules()):
+    if is_merged(network):
         raise ValueError(
             "The adapter is merged into the base, so no checkpoint can be loaded. Call unmerge_adapter first."
         )
@@ -82,7 +82,8 @@ def complete(checkpoint: dict[str, Any], root: nn.Module, backbone: str, attachm
     outside = {key for key in here if not key.startswith(prefix)}
     expected = outside | {prefix + name for name in attachment.ever_trained} | set(record["keys"])
     brought = {key.removeprefix(prefix) for key in saved if key.startswith(prefix)}
-    buffers = {name for name, _ in network.named_buffers()}
+    unbrought = {name for name, _ in network.named_buffers()} & (attachment.base.keys() - brought)
+    prints = {name: (attachment.base[name], print_tensor(here[prefix + name])) for name in unbrought}
     lines = {
         "different in the adapter": _adapter_differences(record["adapter"], attachment.adapter),
         "missing from the checkpoint": sorted(expected - saved.keys()),
@@ -94,10 +95,7 @@ def complete(checkpoint: dict[str, Any], root: nn.Module, backbone: str, attachm
         ],
         "different in the base network": fingerprint_differences(base, attachment.base, ignore=brought, model=network),
         "moved here since the adapter came, and not in the checkpoint (load it into a fresh module)": sorted(
-            name
-            for name in (buffers & attachment.base.keys()) - brought
-            if attachment.base[name].dtype == print_tensor(here[prefix + name]).dtype
-            and attachment.base[name] != print_tensor(here[prefix + name])
+            name for name, (first, now) in prints.items() if first.dtype == now.dtype and first != now
         ),
     }
     if any(lines.values()):
@@ -145,7 +143,7 @@ def peek(path: str | Path | IO[bytes], *, weights_only: bool = True) -> dict[str
         raise
     except Exception as error:
         raise ValueError(
-            f"{path} cannot be read as a checkpoint: ({type(error).__name__}). It is damaged, or not a checkpoint. "
+            f"{path} cannot be read as a checkpoint ({type(error).__name__}). It is damaged, or not a checkpoint. "
             "Objects of your own in it need weights_only=False."
         ) from error
     if not isinstance(found, dict):

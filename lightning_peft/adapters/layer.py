@@ -35,6 +35,11 @@ def master_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in HALF else dtype
 
 
+def is_merged(network: nn.Module) -> bool:
+    """Whether any adapted layer of a network holds its update in its weight."""
+    return any(isinstance(layer, AdaptedLayer) and layer.merged for layer in network.modules())
+
+
 class AdaptedLayer(nn.Module):
     """A layer that became an adapted one in place: same object, same Parameters, same keys.
 

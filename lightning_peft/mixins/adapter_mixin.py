@@ -15,7 +15,7 @@ from typing_extensions import override
 
 from lightning_peft.adapters import Adapter, add_adapter
 from lightning_peft.adapters.attachment import Attachment, attachment_of
-from lightning_peft.adapters.layer import AdaptedLayer
+from lightning_peft.adapters.layer import is_merged
 from lightning_peft.checkpointing import complete, peek, read_record, refresh_base, slim
 from lightning_peft.freezing import trainable_count, trainable_names
 from lightning_peft.matching import nearest
@@ -219,7 +219,7 @@ def refuse_fit(trainer: pl.Trainer, module: AdapterMixin, *, attached: bool) -> 
         ValueError: For a merged adapter, a resume under FSDP2, and weight averaging that copies the module too early.
     """
     name = type(module).__name__
-    if any(isinstance(layer, AdaptedLayer) and layer.merged for layer in module.modules()):
+    if is_merged(module):
         raise ValueError(f"{name}: the adapter is merged, so nothing of it would train. Call unmerge_adapter first.")
     if isinstance(trainer.strategy, ModelParallelStrategy) and trainer.ckpt_path is not None:
         raise ValueError(
