@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from lightning_peft.recipes.sentiment import COMPONENTS, verdicts
 
-GRID = {"probe": (5e-3, 1e-2, 2e-2, 4e-2), "full": (5e-5, 1e-4, 2e-4), "suite": (2e-3, 4e-3, 8e-3)}
+GRID = {"probe": (5e-3, 1e-2, 2e-2, 4e-2), "full": (5e-5, 1e-4, 2e-4), "suite": (6.25e-5, 1.25e-4, 2.5e-4)}
 ABLATED = ("suite", *(f"suite without {component}" for component in COMPONENTS))
 COLUMNS = ("accuracy", "recall_before", "recall_after", "unreplayed_before", "unreplayed_after")
 TUNING_SEED = 100

@@ -9,6 +9,7 @@ from lightning_peft.adapters import (
     adapter_state_dict,
     add_adapter,
     merge_adapter,
+    parameter_groups,
     remove_adapter,
     unmerge_adapter,
 )
@@ -30,6 +31,7 @@ __all__ = [
     "adapter_state_dict",
     "add_adapter",
     "merge_adapter",
+    "parameter_groups",
     "remove_adapter",
     "unmerge_adapter",
 ]

