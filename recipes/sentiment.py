@@ -55,11 +55,10 @@ CODE_TOKENS = 128
 ROWS_AT_ONCE = 16
 SPLIT_SEED = 2024  # the split is fixed: --seed changes training, never which rows are test rows
 LABELS = ("negative", "positive")
-# Chosen on the validation rows by benchmarks/sentiment.py --tune (benchmarks/results/sentiment_rates.md). The suite's was
-# chosen at rank 8 without the anchor.
+# Chosen on the validation rows by benchmarks/sentiment.py --tune (benchmarks/results/sentiment_rates.md).
 HEAD_RATE = 5e-3
 LORA_PLUS = 8.0
-LEARNING_RATES = {"probe": 2e-2, "full": 1e-4, "suite": 1.25e-4}
+LEARNING_RATES = {"probe": 4e-2, "full": 1e-4, "suite": 2.5e-4}
 COMPONENTS = ("LoRA", "zero head", "head first", "replay", "anchor")
 
 
