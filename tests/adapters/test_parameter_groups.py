@@ -28,7 +28,7 @@ def test_b_steps_as_many_times_as_far_as_under_one_rate():
         optimizer = torch.optim.Adam(parameter_groups(net, **options), eps=0)
         net(torch.randn(8, 6).double()).square().sum().backward()
         optimizer.step()
-        return {name: float((p - before[name]).abs().max()) for name, p in net.named_parameters()}
+        return {name: (p - before[name]).abs().max().item() for name, p in net.named_parameters()}
 
     steps = moved(lr=1e-3, lora_plus=16)
     assert steps["0.lora_B.default"] == pytest.approx(16e-3)
