@@ -15,6 +15,7 @@ import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -55,9 +56,9 @@ CODE_TOKENS = 128
 ROWS_AT_ONCE = 16
 SPLIT_SEED = 2024  # the split is fixed: --seed changes training, never which rows are test rows
 LABELS = ("negative", "positive")
-# Chosen on the validation rows by benchmarks/sentiment.py --tune (benchmarks/results/sentiment_rates.md).
 HEAD_RATE = 5e-3
 LORA_PLUS = 8.0
+# Chosen on the validation rows by benchmarks/sentiment.py --tune (benchmarks/results/sentiment_rates.md).
 LEARNING_RATES = {"probe": 4e-2, "full": 1e-4, "suite": 2.5e-4}
 COMPONENTS = ("LoRA", "zero head", "head first", "replay", "anchor")
 
@@ -130,10 +131,14 @@ class SentimentData(pl.LightningDataModule):
         self.test, self.validation, self.train = labelled[:2000], labelled[2000:3000], labelled[3000:]
         halves = [half_pair(row.text) for row in reviews if row.source == "imdb" and len(row.text.split()) >= 100]
         random.Random(SPLIT_SEED).shuffle(halves)
-        self.reported, self.guard = halves[:500], halves[500:600]
-        nonsense = random_texts(tokenizer, 5500)
-        self.memory = [(*pair, text) for pair, text in zip(halves[600:6100], nonsense, strict=True)]
+        self.reported, self.guard, self.rehearsed = halves[:500], halves[500:600], halves[600:6100]
         self.code = [code_pair(problem) for problem in human_eval()]
+
+    @cached_property
+    def memory(self) -> list[tuple[str, str, str]]:
+        """Pairs to rehearse, each with a text of random tokens; only arms with replay or anchor ask for it."""
+        texts = random_texts(self.tokenizer, len(self.rehearsed))
+        return [(*pair, text) for pair, text in zip(self.rehearsed, texts, strict=True)]
 
     def rows(self, rows: list[tuple[str, int]], *, shuffle: bool = False) -> DataLoader[Any]:
         """Return labelled rows in batches of tokens."""
@@ -313,10 +318,10 @@ class AdaptedReviewNet(ReplayMixin, AdapterMixin, ReviewNet):
 
     @override
     def replay_step(self, batch: tuple[dict[str, Tensor], ...]) -> Tensor:
-        first, second, random_text = batch
+        random_text = batch[2]
         loss = self.head.weight.new_zeros(())
         if self.rehearse:
-            loss = loss + self.rehearse * in_batch_contrastive(self.embed(first), self.embed(second))
+            loss = loss + self.rehearse * in_batch_contrastive(*embed_pair(self, batch))
         if self.anchor:
             # The pretrained encoder is this one with the adapter switched off: no second copy is needed.
             with torch.no_grad(), adapter_disabled(self.backbone):
