@@ -15,6 +15,7 @@ import torch
 from lightning_peft import LoRA
 from lightning_peft.adapters.attachment import attachment_of
 from lightning_peft.adapters.lora import LoRALinear
+from lightning_peft.losses import in_batch_contrastive
 from lightning_peft.recipes import command
 from lightning_peft.recipes import sentiment as recipe
 
@@ -75,8 +76,8 @@ def test_rows_of_like_length_are_embedded_as_each_by_itself(data):
 
 
 def test_replay_is_the_rehearsal_and_the_drift_on_random_texts(data):
-    batch = recipe.TextsBatch(data.tokenizer, 64)(data.memory[:3])
-    terms = {}
+    pretrained = recipe.ReviewNet(str(recipe.minilm()), lr=0.0, steps=0)
+    first, second, random_text = recipe.TextsBatch(data.tokenizer, 64)(data.memory[:3])
     for rehearse, anchor in ((1.0, 0.0), (0.0, 1.0), (0.3, 3.0)):
         net = recipe.AdaptedReviewNet(
             str(recipe.minilm()), lr=1e-3, steps=1, rehearse=rehearse, anchor=anchor, adapter=LoRA(rank=2)
@@ -88,9 +89,11 @@ def test_replay_is_the_rehearsal_and_the_drift_on_random_texts(data):
             if isinstance(layer, LoRALinear):
                 torch.nn.init.normal_(layer.lora_B["default"], std=0.05)
                 torch.nn.init.normal_(layer.lora_A["default"], std=0.05)
-        terms[rehearse, anchor] = net.replay_step(batch).item()
-    assert min(terms.values()) > 0.01
-    assert terms[0.3, 3.0] == pytest.approx(0.3 * terms[1.0, 0.0] + 3.0 * terms[0.0, 1.0], rel=1e-5)
+        drift = 1 - (net.embed(random_text) * pretrained.embed(random_text)).sum(1).mean().item()
+        contrast = in_batch_contrastive(net.embed(first), net.embed(second)).item()
+        assert min(drift, contrast) > 0.01
+        loss = net.replay_step((first, second, random_text)).item()
+        assert loss == pytest.approx(rehearse * contrast + anchor * drift, rel=1e-5)
 
 
 def test_every_component_is_left_out_once():
