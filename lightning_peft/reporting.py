@@ -20,12 +20,12 @@ Row = Mapping[str, Any]
 def format_value(value: object) -> str:
     """Show a number the way a table should: fractions to three digits, large counts with separators.
 
-    >>> [format_value(v) for v in (0.84213, 1234567, 1e-4, "full", 183.4)]
-    ['0.842', '1,234,567', '0.0001', 'full', '183']
+    >>> [format_value(v) for v in (0.84213, 1234567, 5e-4, "full", 183.4, -0.00613)]
+    ['0.842', '1,234,567', '0.0005', 'full', '183', '-0.00613']
     """
     if isinstance(value, float):
-        if 0 < abs(value) < 0.0005:
-            return f"{value:g}"
+        if 0 < abs(value) < 0.01:
+            return f"{value:.3g}"
         return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3f}"
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
 
