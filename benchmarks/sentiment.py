@@ -99,9 +99,10 @@ def table(root: Path, parallel: int, seeds: Iterable[int], *, ablate: bool) -> N
 
 def table_lines(rows: dict[str, list[dict[str, float]]], seeds: list[int]) -> list[str]:
     heading = "| arm | accuracy | replayed skill: before | after | never replayed: before | after | "
+    runs = f"Mean ± standard deviation over seeds {seeds}" if len(seeds) > 1 else f"One run each, seed {seeds[0]}"
     lines = [
-        f"Mean ± standard deviation over seeds {seeds}; accuracy on 2,000 test rows, recall@1 among 500 pairs (replayed "
-        "skill) and among 164 (never replayed).\n",
+        f"{runs}; accuracy on 2,000 test rows, recall@1 among 500 pairs (replayed skill) and among 164 (never "
+        "replayed).\n",
         heading + "trainable parameters | checkpoint bytes |",
         "|---|---|---|---|---|---|---|---|",
     ]
@@ -109,8 +110,8 @@ def table_lines(rows: dict[str, list[dict[str, float]]], seeds: list[int]) -> li
         cells = []
         for key in COLUMNS:
             values = [row[key] for row in found]
-            spread = statistics.stdev(values) if len(values) > 1 else 0.0
-            cells.append(f"{statistics.mean(values):.3f} ± {spread:.3f}")
+            spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+            cells.append(f"{statistics.mean(values):.3f}{spread}")
         counts = [f"{found[0][key]:,}" for key in ("trainable_parameters", "checkpoint_bytes")]
         lines.append(f"| {arm} | {' | '.join((*cells, *counts))} |")
     return lines
