@@ -29,7 +29,7 @@ check: $(READY)  ## lint, types, import direction
 	$(VENV)/bin/mypy
 	$(RUN) -m pytest -q tests/test_layout.py
 
-bench: $(READY)  ## make the tables of the docs anew (about an hour on two cores)
+bench: $(READY)  ## make the tables of the docs anew (about two hours on two cores)
 	$(RUN) benchmarks/sentiment.py --tune
 	$(RUN) benchmarks/sentiment.py
 	$(RUN) benchmarks/sentiment.py --ablate --seeds 0

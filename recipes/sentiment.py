@@ -395,36 +395,29 @@ def known_arms(lr: float | None) -> list[Arm]:
     ]
 
 
-def run_arm(arm: Arm, options: Sentiment) -> dict[str, Any]:
-    """Train and measure one arm; return its row of the table."""
-    from transformers import AutoTokenizer  # noqa: PLC0415 - slow to import
+def old_skills(data: SentimentData) -> dict[str, OldTask]:
+    """Return the two skills that the table reports."""
+    return {
+        "half_review": OldTask(data.texts(data.reported), RecallAtOne(), embed_pair),
+        "human_eval": OldTask(data.texts(data.code, CODE_TOKENS), RecallAtOne(), embed_pair),
+    }
 
-    pl.seed_everything(options.seed, workers=True, verbose=False)
-    folder = Path(options.out) / arm.name.replace(" ", "_")
-    path = options.model or str(minilm())
-    data = SentimentData(AutoTokenizer.from_pretrained(path), options)
-    net = AdaptedReviewNet(
-        model=path, lr=arm.lr, steps=options.steps, rehearse=arm.rehearse, anchor=arm.anchor, adapter=arm.adapter
-    )
-    every = max(2, options.steps // 6)
-    curves = ForgettingEvaluation(
-        {"half_review_guard": OldTask(data.texts(data.guard), RecallAtOne(), embed_pair)}, every_n_steps=every
-    )
-    skills = ForgettingEvaluation(
-        {
-            "half_review": OldTask(data.texts(data.reported), RecallAtOne(), embed_pair),
-            "human_eval": OldTask(data.texts(data.code, CODE_TOKENS), RecallAtOne(), embed_pair),
-        }
-    )
-    checkpoint = ModelCheckpoint(folder, save_last=True, save_top_k=0, every_n_train_steps=every)
-    callbacks: list[pl.Callback] = [curves, skills, checkpoint]
+
+def protections(arm: Arm, data: SentimentData, options: Sentiment) -> list[pl.Callback]:
+    """Return the callbacks by which an arm keeps what the network knows."""
+    callbacks: list[pl.Callback] = []
     if arm.zero_head:
         callbacks.append(ZeroInitHead("head"))
     if arm.head_first:
         callbacks.append(FreezeSchedule.head_first("head", steps=options.head_steps))
     if arm.rehearse or arm.anchor:
         callbacks.append(ReplayMixing(data.texts(data.memory), ratio=0.2, seed=options.seed))
-    trainer = pl.Trainer(
+    return callbacks
+
+
+def trainer_for(options: Sentiment, folder: Path, callbacks: list[pl.Callback], every: int) -> pl.Trainer:
+    """Return a trainer that writes into ``folder`` and validates after every so many steps."""
+    return pl.Trainer(
         accelerator=options.accelerator,
         devices=options.devices,
         strategy=options.strategy,
@@ -438,6 +431,25 @@ def run_arm(arm: Arm, options: Sentiment) -> dict[str, Any]:
         log_every_n_steps=5,
         enable_model_summary=False,
     )
+
+
+def run_arm(arm: Arm, options: Sentiment) -> dict[str, Any]:
+    """Train and measure one arm; return its row of the table."""
+    from transformers import AutoTokenizer  # noqa: PLC0415 - slow to import
+
+    pl.seed_everything(options.seed, workers=True, verbose=False)
+    folder = Path(options.out) / arm.name.replace(" ", "_")
+    path = options.model or str(minilm())
+    data = SentimentData(AutoTokenizer.from_pretrained(path), options)
+    net = AdaptedReviewNet(
+        model=path, lr=arm.lr, steps=options.steps, rehearse=arm.rehearse, anchor=arm.anchor, adapter=arm.adapter
+    )
+    every = max(2, options.steps // 6)
+    skills = ForgettingEvaluation(old_skills(data))
+    checkpoint = ModelCheckpoint(folder, save_last=True, save_top_k=0, every_n_train_steps=every)
+    guard = {"half_review_guard": OldTask(data.texts(data.guard), RecallAtOne(), embed_pair)}
+    curves = ForgettingEvaluation(guard, every_n_steps=every)
+    trainer = trainer_for(options, folder, [curves, skills, checkpoint, *protections(arm, data, options)], every)
     last = folder / "last.ckpt"
     began = time.perf_counter()
     trainer.fit(net, data, ckpt_path=last if options.resume and last.exists() else None)
