@@ -1,13 +1,14 @@
 """The main job over several seeds: the README's table, the ablation, and the choice of learning rates.
 
-Every run is a process of its own with one thread, ``--jobs`` of them at a time; finished runs are kept, so that a
-killed benchmark goes on where it was (after a change of the recipe, remove them: they are not compared with it).
+Every run is a process of its own with one thread, ``--jobs`` of them at a time; finished runs are kept while the code
+stays as it is, so that a killed benchmark goes on where it was.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import hashlib
 import json
 import os
 import statistics
@@ -22,10 +23,17 @@ from tqdm import tqdm
 
 from lightning_peft.recipes.sentiment import COMPONENTS, verdicts
 
-GRID = {"probe": (1e-2, 2e-2, 4e-2, 8e-2), "full": (5e-5, 1e-4, 2e-4), "suite": (1.25e-4, 2.5e-4, 5e-4)}
+GRID = {"probe": (1e-2, 2e-2, 4e-2, 8e-2), "full": (5e-5, 1e-4, 2e-4), "suite": (1.25e-4, 2.5e-4, 5e-4, 1e-3)}
 ABLATED = ("suite", *(f"suite without {component}" for component in COMPONENTS))
 COLUMNS = ("accuracy", "recall_before", "recall_after", "unreplayed_before", "unreplayed_after")
 TUNING_SEED = 100
+
+
+def code_digest() -> str:
+    """Return a digest of the code that a run depends on: figures of other code must not stand in a table."""
+    folders = ("lightning_peft", "callbacks", "recipes")
+    files = sorted({file.resolve() for folder in folders for file in Path(folder).rglob("*.py")})
+    return hashlib.blake2b(b"".join(file.read_bytes() for file in files), digest_size=8).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -42,16 +50,17 @@ class Job:
         return root / "-".join((*arms, str(self.seed), *(option.lstrip("-") for option in self.options)))
 
     def run(self, root: Path) -> dict[str, dict[str, float]]:
-        """Return the rows by arm, from an earlier run if there is one."""
-        out = self.folder(root)
-        if not (out / "done").exists():
+        """Return the rows by arm, from an earlier run of the same code if there is one."""
+        out, digest = self.folder(root), code_digest()
+        done = out / "done"
+        if not done.exists() or done.read_text() != digest:
             arms = ("--arms", *self.arms) if self.arms else ()
             command = ["-m", "lightning_peft.recipes.sentiment", *arms, f"--seed={self.seed}", f"--out={out}"]
             out.mkdir(parents=True, exist_ok=True)
             with (out / "log.txt").open("w") as log:
                 env = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
                 subprocess.run([sys.executable, *command, *self.options], check=True, stdout=log, stderr=log, env=env)
-            (out / "done").touch()
+            done.write_text(digest)
         return json.loads((out / "results.json").read_text())["arms"]
 
 
