@@ -23,7 +23,11 @@ from tqdm import tqdm
 
 from lightning_peft.recipes.sentiment import COMPONENTS, verdicts
 
-GRID = {"probe": (1e-2, 2e-2, 4e-2, 8e-2), "full": (5e-5, 1e-4, 2e-4), "suite": (1.25e-4, 2.5e-4, 5e-4, 1e-3)}
+GRID = {
+    "probe": (5e-3, 1e-2, 2e-2, 4e-2, 8e-2),
+    "full": (5e-5, 1e-4, 2e-4),
+    "suite": (1.25e-4, 2.5e-4, 5e-4, 1e-3, 2e-3),
+}
 ABLATED = ("suite", *(f"suite without {component}" for component in COMPONENTS))
 COLUMNS = ("accuracy", "recall_before", "recall_after", "unreplayed_before", "unreplayed_after")
 TUNING_SEED = 100

@@ -59,7 +59,7 @@ LABELS = ("negative", "positive")
 HEAD_RATE = 5e-3
 LORA_PLUS = 4.0
 # Chosen on the validation rows by benchmarks/sentiment.py --tune (benchmarks/results/sentiment_rates.md).
-LEARNING_RATES = {"probe": 4e-2, "full": 1e-4, "suite": 5e-4}
+LEARNING_RATES = {"probe": 4e-2, "full": 1e-4, "suite": 1e-3}
 COMPONENTS = ("LoRA", "zero head", "head first", "replay", "anchor")
 
 
