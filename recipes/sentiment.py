@@ -6,58 +6,30 @@ Old skill, never replayed: from the docstring of a HumanEval problem, find its s
 
 from __future__ import annotations
 
-import csv
 import json
-import random
-import re
 import shutil
 import time
 import warnings
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
-import torch
-import torch.nn.functional as F  # noqa: N812 - the field's name for it
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_only
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
-from torch.utils.data import DataLoader
-from torchmetrics.classification import MulticlassAccuracy
-from typing_extensions import override
 
-from lightning_peft import (
-    Adapter,
-    AdapterMixin,
-    FullFinetune,
-    LinearProbe,
-    LoRA,
-    ReplayMixin,
-    adapter_disabled,
-    merge_adapter,
-    parameter_groups,
-)
-from lightning_peft.adapters.peft_format import load_adapter, save_adapter
+from lightning_peft import Adapter, FullFinetune, LinearProbe, LoRA
 from lightning_peft.callbacks import ForgettingEvaluation, FreezeSchedule, OldTask, ReplayMixing, ZeroInitHead
-from lightning_peft.data.packaged import Review, human_eval, minilm, movie_reviews
-from lightning_peft.files import write_atomic, write_text
+from lightning_peft.data.packaged import minilm
 from lightning_peft.freezing import trainable_count
-from lightning_peft.losses import in_batch_contrastive
 from lightning_peft.metrics import RecallAtOne
+from lightning_peft.recipes.sentiment_data import CODE_TOKENS, SentimentData
+from lightning_peft.recipes.sentiment_net import AdaptedReviewNet, Classifier, embed_pair, save_classifier
 from lightning_peft.reporting import plot_learned_forgotten, print_table, save_results
 
-TOKENS = 64  # 50 words of a review
-CODE_TOKENS = 128
-ROWS_AT_ONCE = 16
-SPLIT_SEED = 2024  # the split is fixed: --seed changes training, never which rows are test rows
-LABELS = ("negative", "positive")
-HEAD_RATE = 5e-3
-LORA_PLUS = 4.0
+__all__ = ["Classifier", "Sentiment", "main", "run"]
+
 # Chosen on the validation rows by benchmarks/sentiment.py --tune (benchmarks/results/sentiment_rates.md).
 LEARNING_RATES = {"probe": 4e-2, "full": 1e-4, "suite": 1e-3}
 COMPONENTS = ("LoRA", "zero head", "head first", "replay", "anchor")
@@ -76,7 +48,8 @@ class Sentiment:
         head_steps: Steps in which the suite trains its head alone.
         batch_size: New rows of a step in one process.
         lr: Learning rate, instead of the one chosen on validation rows for each arm.
-        rows: On which rows accuracy is reported; learning rates are chosen on "validation".
+        rows: What is measured at the end: "test", what the table reports, or "validation", on which learning rates are
+            chosen: other rows, other half reviews, and docstrings of Python's standard library instead of HumanEval.
         out: Folder for results, TensorBoard logs, checkpoints and the adapter.
         resume: Go on with the killed run in this folder: finished arms are kept, the arm in the middle is resumed (the
             order of its new rows begins anew: a plain loader keeps no position).
@@ -106,246 +79,6 @@ class Sentiment:
     devices: int = 1
     strategy: str = "auto"
     precision: str = "32-true"
-
-
-# --- data -------------------------------------------------------------------------------------------------------------
-
-
-class SentimentData(pl.LightningDataModule):
-    """Rotten Tomatoes rows split into train, validation and test; IMDB reviews cut into halves as old skill.
-
-    The pairs that are reported (500), those behind the curves (100) and the memory (5,500) are disjoint, and come from
-    another source than the sentiment rows. With each pair of the memory stands a text of random tokens, as anchor.
-    """
-
-    def __init__(self, tokenizer: Any, options: Sentiment) -> None:
-        super().__init__()
-        self.tokenizer, self.options = tokenizer, options
-        reviews = movie_reviews()
-        labelled = [(row.text, row.label) for row in (read_rows(options.data) if options.data else reviews)]
-        if options.data is None:
-            labelled = [(row.text, row.label) for row in reviews if row.source == "rotten_tomatoes"]
-        random.Random(SPLIT_SEED).shuffle(labelled)
-        if len(labelled) < 3500:
-            raise ValueError(f"sentiment: data={options.data!r} has {len(labelled)} rows; 3,500 are needed at least.")
-        self.test, self.validation, self.train = labelled[:2000], labelled[2000:3000], labelled[3000:]
-        halves = [half_pair(row.text) for row in reviews if row.source == "imdb" and len(row.text.split()) >= 100]
-        random.Random(SPLIT_SEED).shuffle(halves)
-        self.reported, self.guard, self.rehearsed = halves[:500], halves[500:600], halves[600:6100]
-        self.code = [code_pair(problem) for problem in human_eval()]
-
-    @cached_property
-    def memory(self) -> list[tuple[str, str, str]]:
-        """Pairs to rehearse, each with a text of random tokens; only arms with replay or anchor ask for it."""
-        texts = random_texts(self.tokenizer, len(self.rehearsed))
-        return [(*pair, text) for pair, text in zip(self.rehearsed, texts, strict=True)]
-
-    def rows(self, rows: list[tuple[str, int]], *, shuffle: bool = False) -> DataLoader[Any]:
-        """Return labelled rows in batches of tokens."""
-        collate = LabelledBatch(self.tokenizer)
-        return DataLoader(rows, self.options.batch_size, shuffle=shuffle, collate_fn=collate)  # type: ignore[arg-type]
-
-    def texts(self, rows: Sequence[tuple[str, ...]], tokens: int = TOKENS) -> DataLoader[Any]:
-        """Return rows of several texts in batches of tokens, one batch for each place in a row."""
-        return DataLoader(rows, 50, collate_fn=TextsBatch(self.tokenizer, tokens))  # type: ignore[arg-type]
-
-    @override
-    def train_dataloader(self) -> DataLoader[Any]:
-        return self.rows(self.train, shuffle=True)
-
-    @override
-    def val_dataloader(self) -> DataLoader[Any]:
-        return self.rows(self.validation[:320])  # for the curves; all of them only where a learning rate is chosen
-
-    @override
-    def test_dataloader(self) -> DataLoader[Any]:
-        return self.rows(self.validation if self.options.rows == "validation" else self.test)
-
-
-@dataclass
-class LabelledBatch:
-    """Collate (text, label) rows into tokens and labels."""
-
-    tokenizer: Any
-
-    def __call__(self, rows: list[tuple[str, int]]) -> dict[str, Tensor]:
-        """Tokenise, padded to the longest row."""
-        tokens = tokenize(self.tokenizer, [text for text, _ in rows], TOKENS)
-        return {**tokens, "labels": torch.tensor([label for _, label in rows])}
-
-
-@dataclass
-class TextsBatch:
-    """Collate rows of several texts, such as pairs, into as many batches of tokens."""
-
-    tokenizer: Any
-    tokens: int
-
-    def __call__(self, rows: list[tuple[str, ...]]) -> tuple[dict[str, Tensor], ...]:
-        """Tokenise each place of the rows."""
-        return tuple(tokenize(self.tokenizer, texts, self.tokens) for texts in zip(*rows, strict=True))
-
-
-def tokenize(tokenizer: Any, texts: Any, tokens: int) -> dict[str, Tensor]:
-    """Return token ids and mask, cut to ``tokens`` and padded to the longest."""
-    return dict(tokenizer(list(texts), padding=True, truncation=True, max_length=tokens, return_tensors="pt"))
-
-
-def half_pair(text: str) -> tuple[str, str]:
-    """Return the first 50 words of a text and its next 50."""
-    words = text.split()
-    return " ".join(words[:50]), " ".join(words[50:100])
-
-
-def code_pair(problem: dict[str, str]) -> tuple[str, str]:
-    """Return the docstring of a HumanEval problem and its solution."""
-    docstrings = re.findall(r"(\"\"\"|''')(.*?)\1", problem["prompt"], re.DOTALL)
-    return docstrings[-1][1].strip(), problem["canonical_solution"]
-
-
-def random_texts(tokenizer: Any, count: int) -> list[str]:
-    """Return texts of 16 to 60 tokens drawn evenly from the vocabulary: no data, and every word may come."""
-    chance, tokens = random.Random(SPLIT_SEED), tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
-    ordinary = [number for number, token in enumerate(tokens) if not token.startswith(("[", "<"))]  # not [PAD], <s>
-    return [tokenizer.decode(chance.choices(ordinary, k=chance.randint(16, 60))) for _ in range(count)]
-
-
-def read_rows(data: str) -> list[Review]:
-    """Read labelled rows from a CSV file, or from the hub.
-
-    Raises:
-        ValueError: If there is neither, or the columns are not there.
-    """
-    if Path(data).suffix == ".csv":
-        with Path(data).open(encoding="utf-8", newline="") as stream:
-            rows: list[dict[str, Any]] = list(csv.DictReader(stream))
-    else:
-        try:
-            from datasets import load_dataset  # noqa: PLC0415 - an extra
-        except ImportError as error:
-            raise ValueError(
-                f"sentiment: data={data!r} is no .csv file, and hub data sets need the extra: "
-                "pip install 'lightning-peft[hub]'."
-            ) from error
-        rows = list(load_dataset(data, split="train"))
-    if not rows or not {"text", "label"} <= rows[0].keys():
-        raise ValueError(f"sentiment: data={data!r} needs the columns text and label; it has {list(rows[:1])}.")
-    return [Review(row["text"], int(row["label"]), data) for row in rows]
-
-
-# --- network ----------------------------------------------------------------------------------------------------------
-
-
-class ReviewNet(pl.LightningModule):
-    """A sentence encoder and a head: an ordinary LightningModule; what adapts it is mixed in below."""
-
-    def __init__(self, model: str, lr: float, steps: int) -> None:
-        super().__init__()
-        self.save_hyperparameters()
-        self.backbone = load_encoder(model)
-        self.head = nn.Linear(self.backbone.config.hidden_size, len(LABELS))
-        self.lr, self.steps = lr, steps
-        self.accuracy = MulticlassAccuracy(len(LABELS), average="micro")
-
-    def embed(self, tokens: dict[str, Tensor]) -> Tensor:
-        """Return normalised sentence vectors, ``(rows, width)``: the mean of the last hidden state.
-
-        Rows of like length go through the encoder together: padded to the longest of 32, a batch of these reviews is
-        half padding.
-        """
-        order = tokens["attention_mask"].sum(1).argsort(stable=True)
-        parts = [self._embed(tokens, rows) for rows in torch.split(order, ROWS_AT_ONCE)]
-        return torch.cat(parts)[order.argsort()]
-
-    def _embed(self, tokens: dict[str, Tensor], rows: Tensor) -> Tensor:
-        mask = tokens["attention_mask"][rows]
-        longest = int(mask.sum(1).max())
-        mask = mask[:, :longest]
-        hidden = self.backbone(input_ids=tokens["input_ids"][rows, :longest], attention_mask=mask).last_hidden_state
-        weights = mask.unsqueeze(-1).to(hidden.dtype)
-        return F.normalize((hidden * weights).sum(1) / weights.sum(1), dim=-1)
-
-    @override
-    def forward(self, tokens: dict[str, Tensor]) -> Tensor:
-        logits: Tensor = self.head(5 * self.embed(tokens))
-        return logits
-
-    @override
-    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        loss = F.cross_entropy(self(batch), batch["labels"])
-        self.log("learn/train_loss", loss, prog_bar=True)
-        return loss
-
-    @override
-    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        self._score(batch, "learn/accuracy")
-
-    @override
-    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        self._score(batch, "accuracy")
-
-    def _score(self, batch: dict[str, Tensor], key: str) -> None:
-        self.accuracy(self(batch), batch["labels"])
-        self.log(key, self.accuracy, on_step=False, on_epoch=True, batch_size=len(batch["labels"]))
-
-    @override
-    def configure_optimizers(self) -> Any:
-        probed = not any(parameter.requires_grad for parameter in self.backbone.parameters())
-        groups = [{"params": list(self.head.parameters()), "lr": self.lr if probed else HEAD_RATE, "name": "head"}]
-        groups += [] if probed else parameter_groups(self.backbone, lr=self.lr, lora_plus=LORA_PLUS)
-        optimizer = torch.optim.AdamW(groups, weight_decay=0.01)
-        warm_up, steps = 20, self.steps
-        scheduler = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: min((step + 1) / warm_up, max(0.0, (steps - step) / max(1, steps - warm_up)))
-        )
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
-
-
-class AdaptedReviewNet(ReplayMixin, AdapterMixin, ReviewNet):
-    """The same network on any rung of the ladder, able to rehearse its old skill and to stay near what it was.
-
-    Args:
-        *args: Handed on to the network.
-        rehearse: Weight of the contrastive loss on old pairs.
-        anchor: Weight of the drift on random texts, 1 - cosine between embeddings now and pretrained. It needs no old
-            data, and holds the network where nobody looks while it moves on reviews.
-        **kwargs: Handed on to the mixins and the network.
-    """
-
-    def __init__(self, *args: Any, rehearse: float = 0.0, anchor: float = 0.0, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.rehearse, self.anchor = rehearse, anchor
-
-    @override
-    def replay_step(self, batch: tuple[dict[str, Tensor], ...]) -> Tensor:
-        random_text = batch[2]
-        loss = self.head.weight.new_zeros(())
-        if self.rehearse:
-            loss = loss + self.rehearse * in_batch_contrastive(*embed_pair(self, batch))
-        if self.anchor:
-            # The pretrained encoder is this one with the adapter switched off: no second copy is needed.
-            with torch.no_grad(), adapter_disabled(self.backbone):
-                pretrained = self.embed(random_text)
-            drift = 1 - F.cosine_similarity(self.embed(random_text), pretrained).mean()
-            self.log("replay/drift", drift)
-            loss = loss + self.anchor * drift
-        return loss
-
-
-def load_encoder(model: str) -> Any:
-    """Load an encoder without its pooler: a layer that never gets a gradient stops DDP."""
-    from transformers import AutoConfig, AutoModel  # noqa: PLC0415 - slow to import
-    from transformers.utils import logging  # noqa: PLC0415
-
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-    pooled = AutoConfig.from_pretrained(model).model_type in {"bert", "roberta", "xlm-roberta", "camembert", "electra"}
-    return AutoModel.from_pretrained(model, **({"add_pooling_layer": False} if pooled else {}))
-
-
-def embed_pair(module: ReviewNet, batch: tuple[dict[str, Tensor], ...]) -> tuple[Tensor, Tensor]:
-    """Embed both sides of a batch of pairs: the step of both old skills."""
-    return module.embed(batch[0]), module.embed(batch[1])
 
 
 # --- arms -------------------------------------------------------------------------------------------------------------
@@ -381,7 +114,7 @@ def known_arms(lr: float | None) -> list[Arm]:
     """Return every arm, with the learning rate that was chosen for it, or ``lr`` instead."""
     rates = LEARNING_RATES if lr is None else dict.fromkeys(LEARNING_RATES, lr)
     lora = LoRA(rank=32, alpha=64)
-    suite = Arm("suite", lora, rates["suite"], zero_head=True, head_first=True, rehearse=0.03, anchor=3.0)
+    suite = Arm("suite", lora, rates["suite"], zero_head=True, head_first=True, rehearse=0.03, anchor=10.0)
     return [
         Arm("probe", LinearProbe(), rates["probe"]),
         Arm("full", FullFinetune(), rates["full"]),
@@ -396,10 +129,10 @@ def known_arms(lr: float | None) -> list[Arm]:
 
 
 def old_skills(data: SentimentData) -> dict[str, OldTask]:
-    """Return the two skills that the table reports."""
+    """Return the two skills that the table reports, or their like for validation."""
     return {
-        "half_review": OldTask(data.texts(data.reported), RecallAtOne(), embed_pair),
-        "human_eval": OldTask(data.texts(data.code, CODE_TOKENS), RecallAtOne(), embed_pair),
+        "half_review": OldTask(data.texts(data.halves), RecallAtOne(), embed_pair),
+        "docstrings": OldTask(data.texts(data.code, CODE_TOKENS), RecallAtOne(), embed_pair),
     }
 
 
@@ -440,7 +173,8 @@ def run_arm(arm: Arm, options: Sentiment) -> dict[str, Any]:
     pl.seed_everything(options.seed, workers=True, verbose=False)
     folder = Path(options.out) / arm.name.replace(" ", "_")
     path = options.model or str(minilm())
-    data = SentimentData(AutoTokenizer.from_pretrained(path), options)
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    data = SentimentData(tokenizer, options.data, batch_size=options.batch_size, rows=options.rows)
     net = AdaptedReviewNet(
         model=path, lr=arm.lr, steps=options.steps, rehearse=arm.rehearse, anchor=arm.anchor, adapter=arm.adapter
     )
@@ -455,18 +189,19 @@ def run_arm(arm: Arm, options: Sentiment) -> dict[str, Any]:
     trainer.fit(net, data, ckpt_path=last if options.resume and last.exists() else None)
     seconds = time.perf_counter() - began
     trained = trainable_count(net)
-    accuracy = trainer.test(net, data, verbose=False)[0]["accuracy"]
+    learned = trainer.test(net, data, verbose=False)[0]
     trainer.save_checkpoint(folder / "weights.ckpt", weights_only=True)
     if arm.name == "suite" and trainer.is_global_zero:
         save_classifier(net, folder / "adapter", options.model)
     return {
-        "accuracy": accuracy,
+        "accuracy": learned["accuracy"],
+        "loss": learned["loss"],
         "recall_before": skills.before["half_review"],
         "recall_after": skills.after["half_review"],
         "forgetting": skills.forgetting["half_review"],
-        "unreplayed_before": skills.before["human_eval"],
-        "unreplayed_after": skills.after["human_eval"],
-        "unreplayed_forgetting": skills.forgetting["human_eval"],
+        "unreplayed_before": skills.before["docstrings"],
+        "unreplayed_after": skills.after["docstrings"],
+        "unreplayed_forgetting": skills.forgetting["docstrings"],
         "trainable_parameters": trained,
         "checkpoint_bytes": (folder / "weights.ckpt").stat().st_size,
         "seconds": seconds,
@@ -474,61 +209,11 @@ def run_arm(arm: Arm, options: Sentiment) -> dict[str, Any]:
     }
 
 
-# --- use --------------------------------------------------------------------------------------------------------------
-
-
-@rank_zero_only
-def save_classifier(net: AdaptedReviewNet, folder: Path, model: str | None) -> None:
-    """Write the adapter in PEFT's format, the head, and which base they belong to."""
-    save_adapter(net.backbone, folder, base=model or "sentence-transformers/all-MiniLM-L6-v2")
-    head = {key: value.detach().cpu().contiguous() for key, value in net.head.state_dict().items()}
-    write_atomic(folder / "head.safetensors", lambda draft: save_file(head, draft))
-    write_text(folder / "sentiment.json", json.dumps({"model": model, "labels": LABELS}))
-
-
-class Classifier:
-    """A trained sentiment classifier: the pretrained encoder, the adapter, the head.
-
-    Args:
-        folder: What :func:`save_classifier` wrote, for instance ``runs/sentiment/suite/adapter``.
-
-    Raises:
-        ValueError: If the folder does not hold a classifier.
-    """
-
-    def __init__(self, folder: str | Path) -> None:
-        from transformers import AutoTokenizer  # noqa: PLC0415 - slow to import
-
-        folder = Path(folder)
-        if not (folder / "sentiment.json").is_file():
-            raise ValueError(
-                f"Classifier: {str(folder)!r} holds no classifier. Run: lightning-peft sentiment --arms suite."
-            )
-        about = json.loads((folder / "sentiment.json").read_text(encoding="utf-8"))
-        path = about["model"] or str(minilm())
-        self.tokenizer, self.labels = AutoTokenizer.from_pretrained(path), about["labels"]
-        self.net = ReviewNet(path, lr=0.0, steps=0).eval()
-        load_adapter(self.net.backbone, folder)
-        self.net.head.load_state_dict(load_file(folder / "head.safetensors"))
-
-    @torch.no_grad()
-    def __call__(self, texts: str | list[str]) -> list[str]:
-        """Return the label of each text."""
-        rows = [texts] if isinstance(texts, str) else texts
-        return [self.labels[i] for i in self.net(tokenize(self.tokenizer, rows, TOKENS)).argmax(1).tolist()]
-
-    def export(self, folder: str | Path) -> None:
-        """Write the encoder with the adapter merged into it, as a plain transformers folder, and the head beside it."""
-        plain: Any = merge_adapter(self.net.backbone, unload=True)
-        plain.save_pretrained(folder)
-        self.tokenizer.save_pretrained(folder)
-        save_file(self.net.head.state_dict(), Path(folder) / "head.safetensors")
-
-
 # --- the run ----------------------------------------------------------------------------------------------------------
 
 MEASURES = {
     "accuracy": "sentiment accuracy",
+    "loss": "  loss (cross-entropy)",
     "recall_before": "replayed skill: recall@1 before",
     "recall_after": "  after",
     "forgetting": "  forgotten",
