@@ -23,14 +23,10 @@ from tqdm import tqdm
 
 from lightning_peft.recipes.sentiment import COMPONENTS, verdicts
 
-GRID = {
-    "probe": (5e-3, 1e-2, 2e-2, 4e-2, 8e-2),
-    "full": (5e-5, 1e-4, 2e-4),
-    "suite": (1.25e-4, 2.5e-4, 5e-4, 1e-3, 2e-3),
-}
+GRID = {"probe": (5e-3, 1e-2, 2e-2), "full": (5e-5, 1e-4, 2e-4), "suite": (5e-4, 1e-3, 2e-3)}
 ABLATED = ("suite", *(f"suite without {component}" for component in COMPONENTS))
 COLUMNS = ("accuracy", "recall_before", "recall_after", "unreplayed_before", "unreplayed_after")
-TUNING_SEED = 100
+TUNING_SEEDS = (100, 101)
 
 
 def code_digest() -> str:
@@ -74,16 +70,42 @@ def run_all(jobs: list[Job], root: Path, parallel: int) -> list[dict[str, dict[s
 
 
 def tune(root: Path, parallel: int) -> None:
-    """Print the validation accuracy of every learning rate and mark the best."""
+    """Print what every learning rate does on validation rows and mark the one with the lowest mean loss.
+
+    Loss, not accuracy: over 1,000 rows it tells two rates apart with several times less noise.
+    """
     pairs = [(arm, lr) for arm in reversed(GRID) for lr in GRID[arm]]
-    jobs = [Job((arm,), TUNING_SEED, (f"--lr={lr}", "--rows=validation")) for arm, lr in pairs]
-    found = {pair: rows[pair[0]]["accuracy"] for pair, rows in zip(pairs, run_all(jobs, root, parallel), strict=True)}
-    lines = [f"Validation accuracy (1,000 rows, seed {TUNING_SEED}) by learning rate.\n"]
-    lines += ["| arm | learning rate | validation accuracy | chosen |", "|---|---|---|---|"]
+    jobs = [Job((arm,), seed, (f"--lr={lr}", "--rows=validation")) for arm, lr in pairs for seed in TUNING_SEEDS]
+    found: dict[tuple[str, float], list[dict[str, float]]] = {pair: [] for pair in pairs}
+    for job, result in zip(jobs, run_all(jobs, root, parallel), strict=True):
+        (row,) = result.values()
+        found[job.arms[0], row["lr"]].append(row)
+    write("sentiment_rates", rate_lines(found))
+
+
+def rate_lines(found: dict[tuple[str, float], list[dict[str, float]]]) -> list[str]:
+    """Return the table of rates, from the rows by arm and rate."""
+    lines = [
+        f"Validation rows (1,000), mean ± standard deviation over seeds {list(TUNING_SEEDS)}; the chosen rate has the "
+        "lowest mean loss. Old skills on pairs of validation: other half reviews, docstrings of Python's library.\n",
+        "| arm | learning rate | loss | accuracy | half review: change | docstrings: change | chosen |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for arm, rates in GRID.items():
-        best = max(rates, key=lambda lr, arm=arm: found[arm, lr])
-        lines += [f"| {arm} | {lr:g} | {found[arm, lr]:.3f} | {'yes' if lr == best else ''} |" for lr in rates]
-    write("sentiment_rates", lines)
+        best = min(rates, key=lambda lr, arm=arm: statistics.mean(row["loss"] for row in found[arm, lr]))
+        for lr in rates:
+            rows = found[arm, lr]
+            cells = [spread(rows, "loss"), spread(rows, "accuracy")]
+            cells += [spread(rows, key, sign=-1) for key in ("forgetting", "unreplayed_forgetting")]
+            lines.append(f"| {arm} | {lr:g} | {' | '.join(cells)} | {'yes' if lr == best else ''} |")
+    return lines
+
+
+def spread(rows: list[dict[str, float]], key: str, *, sign: int = 1) -> str:
+    """Return the mean of a measure over runs, and its standard deviation where there are several."""
+    values = [sign * row[key] for row in rows]
+    deviation = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.3f}{deviation}"
 
 
 def table(root: Path, parallel: int, seeds: Iterable[int], *, ablate: bool) -> None:
@@ -120,11 +142,7 @@ def table_lines(rows: dict[str, list[dict[str, float]]], seeds: list[int]) -> li
         "|---|---|---|---|---|---|---|---|",
     ]
     for arm, found in rows.items():
-        cells = []
-        for key in COLUMNS:
-            values = [row[key] for row in found]
-            spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
-            cells.append(f"{statistics.mean(values):.3f}{spread}")
+        cells = [spread(found, key) for key in COLUMNS]
         counts = [f"{found[0][key]:,}" for key in ("trainable_parameters", "checkpoint_bytes")]
         lines.append(f"| {arm} | {' | '.join((*cells, *counts))} |")
     return lines

