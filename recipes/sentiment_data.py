@@ -53,9 +53,8 @@ class SentimentData(pl.LightningDataModule):
         super().__init__()
         self.tokenizer, self.batch_size, self.judged_by = tokenizer, batch_size, rows
         reviews = movie_reviews()
-        labelled = [(row.text, row.label) for row in (read_rows(data) if data else reviews)]
-        if data is None:
-            labelled = [(row.text, row.label) for row in reviews if row.source == "rotten_tomatoes"]
+        rated = read_rows(data) if data else [row for row in reviews if row.source == "rotten_tomatoes"]
+        labelled = [(row.text, row.label) for row in rated]
         random.Random(SPLIT_SEED).shuffle(labelled)
         if len(labelled) < 3500:
             raise ValueError(f"sentiment: data={data!r} has {len(labelled)} rows; 3,500 are needed at least.")
