@@ -13,7 +13,7 @@ from lightning_peft.adapters import (
     remove_adapter,
     unmerge_adapter,
 )
-from lightning_peft.mixins import AdapterMixin, FullFinetuneMixin, LinearProbeMixin, LoRAMixin, ReplayMixin
+from lightning_peft.mixins import AdapterMixin, FullFinetuneMixin, LinearProbeMixin, LoRAMixin, ReplayMixin, adapted
 from lightning_peft.version import __version__
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "LoRAMixin",
     "ReplayMixin",
     "__version__",
+    "adapted",
     "adapter_disabled",
     "adapter_state_dict",
     "add_adapter",

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lightning_peft.adapters.adapter import PLAIN_FORMAT, Adapter
 from lightning_peft.adapters.attachment import Attachment
+from lightning_peft.adapters.backbone import WHOLE, prefix_of
 from lightning_peft.adapters.fingerprint import (
     Fingerprint,
     fingerprint_differences,
@@ -37,11 +38,11 @@ def slim(checkpoint: dict[str, Any], root: nn.Module, backbone: str, attachment:
     Args:
         checkpoint: A Lightning checkpoint, changed in place.
         root: The LightningModule.
-        backbone: Dotted name of the adapted network inside it; empty if it is the module itself.
+        backbone: Dotted name of the adapted network inside it, ``"."`` for the module itself.
         attachment: What the backbone remembers about its adapter.
     """
     record_trained(root)
-    prefix = f"{backbone}." if backbone else ""
+    prefix = prefix_of(backbone)
     state: dict[str, Any] = checkpoint["state_dict"]
     parameters = {name for name, _ in root.named_parameters(remove_duplicate=False)}
 
@@ -71,12 +72,12 @@ def complete(checkpoint: dict[str, Any], root: nn.Module, backbone: str, attachm
             keys.
     """
     record, base = read_record(checkpoint)
-    network = root.get_submodule(backbone)
+    network = root if backbone == WHOLE else root.get_submodule(backbone)
     if is_merged(network):
         raise ValueError(
             "The adapter is merged into the base, so no checkpoint can be loaded. Call unmerge_adapter first."
         )
-    prefix = f"{backbone}." if backbone else ""
+    prefix = prefix_of(backbone)
     saved: dict[str, Any] = checkpoint["state_dict"]
     here: Mapping[str, Any] = root.state_dict()
     outside = {key for key in here if not key.startswith(prefix)}

@@ -47,6 +47,10 @@ class Adapter(ABC):
             ValueError: If the adapter does not fit the network. Nothing has been changed then.
         """
 
+    def fits(self, model: nn.Module) -> bool:
+        """Whether the adapter could be added to ``model``; nothing is changed."""
+        return any(True for _ in model.parameters())
+
     def to_plain(self) -> dict[str, Any]:
         """Return the adapter as numbers, strings and lists, with a format number and our version."""
         values = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}

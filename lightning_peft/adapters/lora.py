@@ -85,6 +85,13 @@ class LoRA(Adapter):
             LoRALinear.adapt(layer, self, name)
         return [f"{layer}.{matrix}.{name}".lstrip(".") for layer in layers for matrix in ("lora_A", "lora_B")]
 
+    @override
+    def fits(self, model: nn.Module) -> bool:
+        try:
+            return bool(self.select(model))
+        except ValueError:
+            return False
+
     def select(self, model: nn.Module) -> dict[str, nn.Linear]:
         """Return the layers of ``model`` that this adapter would adapt, by name.
 

@@ -15,10 +15,10 @@ from typing_extensions import override
 
 from lightning_peft.adapters import Adapter, add_adapter
 from lightning_peft.adapters.attachment import Attachment, attachment_of
+from lightning_peft.adapters.backbone import WHOLE, find_backbone, prefix_of, submodule, unknown_backbone
 from lightning_peft.adapters.layer import is_merged
 from lightning_peft.checkpointing import complete, peek, read_record, refresh_base, slim
 from lightning_peft.freezing import trainable_count, trainable_names
-from lightning_peft.matching import nearest
 from lightning_peft.mixins.order import is_mixin, refuse_order
 
 # The record of the checkpoint that is being loaded, for the __init__ that rebuilds the module.
@@ -38,9 +38,10 @@ class AdapterMixin(pl.LightningModule):
     Args:
         *args: Handed on to the module.
         adapter: What to add.
-        backbone: Dotted name of the pretrained network inside the module; unset, the class attribute
-            ``backbone_name``, which is ``"backbone"``. Where the module has a ``backbone`` argument of its own, the
-            keyword is the module's and the class attribute is the way.
+        backbone: Dotted name of the pretrained network inside the module, ``"."`` for the module itself; unset, the
+            class attribute ``backbone_name``, and where that is None too, the child called ``backbone`` or the only
+            one that fits. Where the module has a ``backbone`` argument of its own, the keyword is the module's and the
+            class attribute is the way.
         **kwargs: Handed on to the module.
 
     Raises:
@@ -49,7 +50,7 @@ class AdapterMixin(pl.LightningModule):
     """
 
     adapter: Adapter | None
-    backbone_name: str = "backbone"
+    backbone_name: str | None = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Refuse an order of bases in which the mixin would be skipped."""
@@ -99,10 +100,9 @@ class AdapterMixin(pl.LightningModule):
         name = type(self).__name__
         if self.adapter is None:
             raise ValueError(f"{name}: adapter=None; pass one, for instance {name}(..., adapter=LoRA(rank=8)).")
-        backbone = dict(self.named_modules()).get(self.backbone_name)  # may be built in configure_model only
-        attachment = None if backbone is None else attachment_of(backbone)
-        if backbone is not None and attachment is not None:
-            refresh_base(backbone, attachment)
+        attachment = self._attachment()
+        if attachment is not None:
+            refresh_base(self.adapted_network, attachment)
         if stage == "fit":
             refuse_fit(self.trainer, self, attached=attachment is not None)
 
@@ -116,39 +116,46 @@ class AdapterMixin(pl.LightningModule):
 
         ``configure_model`` does it by itself. Call it there yourself, before ``fully_shard``, if your module shards.
         """
-        if self.adapter is not None and attachment_of(self.adapted_network) is None:
-            add_adapter(self.adapted_network, self.adapter)
-            if self.adapter.frozen_features:
-                self.adapted_network.eval()
+        if self.adapter is None or self._attachment() is not None:
+            return
+        name = type(self).__name__
+        self.backbone_name = self.backbone_name or find_backbone(self, self.adapter, owner=name)
+        add_adapter(self.adapted_network, self.adapter)
+        if not trainable_count(self):
+            raise ValueError(
+                f"{name}: with {self.adapter!r} on backbone={self.backbone_name!r} nothing is left to train. Name the "
+                "pretrained network alone, so that a head stays outside it."
+            )
+        if self.adapter.frozen_features:
+            self.adapted_network.eval()
 
     @property
     def adapted_network(self) -> nn.Module:
         """The backbone.
 
         Raises:
-            ValueError: If the module has no child of that name.
+            ValueError: If it has not been found yet, or the module has no child of that name.
         """
-        children: dict[str, nn.Module] = {name: child for name, child in self.named_modules() if name}
-        if self.backbone_name not in children:
-            raise ValueError(
-                f"{type(self).__name__}: backbone={self.backbone_name!r} is none of its modules. "
-                f'Nearest: {nearest(self.backbone_name, children)}. Pass backbone="name" with the name of the '
-                "pretrained network."
-            )
-        return children[self.backbone_name]
+        owner = type(self).__name__
+        if self.backbone_name is None:
+            raise ValueError(f"{owner}: the backbone is found when the adapter comes. Call attach_adapter() first.")
+        network = submodule(self, self.backbone_name)
+        if network is None:
+            raise unknown_backbone(self, self.backbone_name, owner=owner)
+        return network
 
     @override
     def train(self, mode: bool = True) -> Self:
         super().train(mode)
         adapter = vars(self).get("adapter")  # the module's own __init__ may call this before ours has set it
-        if adapter is not None and adapter.frozen_features and self.backbone_name in dict(self.named_modules()):
+        if adapter is not None and adapter.frozen_features and self._attachment() is not None:
             self.adapted_network.eval()
         return self
 
     @override
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         # After ddp_spawn Lightning brings the trained weights back to a module that never saw configure_model.
-        prefix = f"{self.backbone_name}."
+        prefix = prefix_of(self.backbone_name or WHOLE)
         if any(key.startswith(prefix) for key in state_dict.keys() - self.state_dict().keys()):
             self.attach_adapter()
         return super().load_state_dict(state_dict, *args, **kwargs)
@@ -167,7 +174,8 @@ class AdapterMixin(pl.LightningModule):
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
-        slim(checkpoint, self, self.backbone_name, self._attached())
+        attachment = self._attached()
+        slim(checkpoint, self, self.backbone_name or WHOLE, attachment)
         # A module that keeps one object of hyper-parameters, save_hyperparameters(cfg), is rebuilt as Module(cfg=...):
         # Lightning looks for that name in the signature of the mixin, where it is not.
         name = checkpoint.get(self.CHECKPOINT_HYPER_PARAMS_NAME)
@@ -179,10 +187,15 @@ class AdapterMixin(pl.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
         self.attach_adapter()
-        complete(checkpoint, self, self.backbone_name, self._attached())
+        complete(checkpoint, self, self.backbone_name or WHOLE, self._attached())
+
+    def _attachment(self) -> Attachment | None:
+        """What the backbone remembers about its adapter; None before it comes (the network may not be built yet)."""
+        network = submodule(self, self.backbone_name or "")
+        return None if network is None else attachment_of(network)
 
     def _attached(self) -> Attachment:
-        attachment = attachment_of(self.adapted_network)
+        attachment = self._attachment()
         if attachment is None:
             raise ValueError(
                 f"{type(self).__name__}: the backbone {self.backbone_name!r} carries no adapter (any more). "

@@ -1,0 +1,79 @@
+"""Adapt a LightningModule class in one expression."""
+
+from __future__ import annotations
+
+import copyreg
+import inspect
+from typing import Any, TypeVar
+
+import lightning.pytorch as pl
+
+from lightning_peft.adapters import Adapter, LoRA
+from lightning_peft.mixins.adapter_mixin import AdapterMixin
+
+ModuleT = TypeVar("ModuleT", bound=pl.LightningModule)
+
+_MADE: dict[tuple[type, str, str | None], type] = {}
+
+
+def adapted(module: type[ModuleT], adapter: Adapter = LoRA(), *, backbone: str | None = None) -> type[ModuleT]:
+    """Return a subclass of ``module`` with an adapter: ``class Net(AdapterMixin, Net)`` without the class statement.
+
+    The class keeps the name, the docstring and the arguments of ``module``, and takes ``adapter=`` and ``backbone=``
+    besides; it and its instances pickle. Equal arguments give the same class.
+
+    Args:
+        module: The LightningModule class; its file stays untouched.
+        adapter: What to add, unless an instance is made with another one.
+        backbone: As in :class:`~lightning_peft.AdapterMixin`.
+
+    Raises:
+        TypeError: If ``module`` is an instance, no LightningModule class, or adapted already.
+
+    >>> from lightning.pytorch.demos.boring_classes import BoringModel
+    >>> net = adapted(BoringModel, LoRA(rank=2), backbone=".")()
+    >>> net.configure_model()
+    >>> [name for name, parameter in net.named_parameters() if parameter.requires_grad]
+    ['layer.lora_A.default', 'layer.lora_B.default']
+    """
+    if not (isinstance(module, type) and issubclass(module, pl.LightningModule)):
+        raise TypeError(f"adapted: {module!r} must be a LightningModule class, not an instance or another class.")
+    if issubclass(module, AdapterMixin):
+        raise TypeError(f"adapted: {module.__name__} has an adapter mixin already; pass it adapter= instead.")
+    key = (module, repr(adapter), backbone)
+    if key not in _MADE:
+        _MADE[key] = _subclass(module, adapter, backbone)
+    return _MADE[key]
+
+
+def _subclass(module: type[pl.LightningModule], default: Adapter, found_at: str | None) -> type:
+    # The class bears its base's name, so that pickle, which finds classes by name, would find the base. It asks the
+    # metaclass first.
+    kind: Any = type(module)
+    meta: Any = type(f"Adapted{kind.__name__}", (kind,), {})
+    copyreg.pickle(meta, lambda cls: (_again, cls.made_by))
+
+    class Adapted(AdapterMixin, module, metaclass=meta):  # type: ignore[misc, valid-type, metaclass]
+        made_by = (module, default, found_at)
+
+        def __init__(
+            self, *args: Any, adapter: Adapter = default, backbone: str | None = found_at, **kwargs: Any
+        ) -> None:
+            super().__init__(*args, adapter=adapter, backbone=backbone, **kwargs)
+
+    for attribute in ("__name__", "__qualname__", "__module__", "__doc__"):
+        setattr(Adapted, attribute, getattr(module, attribute))
+    Adapted.__signature__ = _with_ours(inspect.signature(module), inspect.signature(Adapted.__init__))
+    return Adapted
+
+
+def _with_ours(own: inspect.Signature, ours: inspect.Signature) -> inspect.Signature:
+    """Return a module's signature with our keywords put before its ``**kwargs``, where it has not got them itself."""
+    added = [ours.parameters[name] for name in ("adapter", "backbone") if name not in own.parameters]
+    rest = [parameter for parameter in own.parameters.values() if parameter.kind is parameter.VAR_KEYWORD]
+    first = [parameter for parameter in own.parameters.values() if parameter.kind is not parameter.VAR_KEYWORD]
+    return own.replace(parameters=[*first, *added, *rest])
+
+
+def _again(module: type[pl.LightningModule], adapter: Adapter, backbone: str | None) -> type:
+    return adapted(module, adapter, backbone=backbone)
