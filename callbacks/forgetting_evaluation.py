@@ -14,12 +14,12 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Subset
 from torchmetrics import Metric
 from tqdm.auto import tqdm
 from typing_extensions import override
 
-from lightning_peft.data.mix_loader import carried_options, row_count
+from lightning_peft.data.mix_loader import Rows, carried_options, row_count
 from lightning_peft.distributed import rank, world_size
 
 _OWNER = "ForgettingEvaluation"
@@ -41,7 +41,7 @@ class OldTask:
             cannot be called.
     """
 
-    data: Dataset[Any] | DataLoader[Any]
+    data: Rows
     metric: Metric
     step: Callable[[Any, Any], Any]
     higher_is_better: bool | None = None

@@ -13,7 +13,7 @@ from lightning_utilities.core.rank_zero import rank_zero_info
 from torch.utils.data import DataLoader, Dataset
 from typing_extensions import override
 
-from lightning_peft.data.mix_loader import BesideSampler, MixLoader, carried_options, row_count, shuffles
+from lightning_peft.data.mix_loader import BesideSampler, MixLoader, Rows, carried_options, row_count, shuffles
 from lightning_peft.data.mix_plan import BesidePlan, MemoryStream, MixPlan, exact
 from lightning_peft.mixins import ReplayMixin
 
@@ -50,9 +50,7 @@ class ReplayMixing(pl.Callback):
     Fraction(1, 10)
     """
 
-    def __init__(
-        self, memory: Dataset[Any] | DataLoader[Any], ratio: float = 0.2, weight: float = 1.0, *, seed: int = 0
-    ) -> None:
+    def __init__(self, memory: Rows, ratio: float = 0.2, weight: float = 1.0, *, seed: int = 0) -> None:
         self.ratio = exact(ratio, _OWNER)
         if not isinstance(weight, int | float) or not 0 < weight < math.inf:
             raise ValueError(f"{_OWNER}: weight={weight!r} must be above 0; leave the callback out for no replay.")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch.utils.data import (
@@ -19,6 +19,10 @@ from torch.utils.data import (
 from typing_extensions import override
 
 from lightning_peft.data.mix_plan import BesidePlan, MixPlan
+
+# What a user may pass as rows. Bare on purpose: of a ``Dataset[Any]`` in a signature jsonargparse makes a plain
+# ``Dataset``, whatever class the YAML names.
+Rows: TypeAlias = Dataset | DataLoader  # type: ignore[type-arg]
 
 _CARRIED = (
     "num_workers",
