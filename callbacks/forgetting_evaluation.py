@@ -21,6 +21,7 @@ from typing_extensions import override
 
 from lightning_peft.data.mix_loader import Rows, carried_options, row_count
 from lightning_peft.distributed import rank, world_size
+from lightning_peft.logging import log_values, register_chart
 
 _OWNER = "ForgettingEvaluation"
 
@@ -219,6 +220,12 @@ class ForgettingEvaluation(pl.Callback):
         return {name: task.sign * (self.before[name] - self.after[name]) for name, task in self.tasks.items()}
 
     @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if stage == "fit":
+            for family in ("forgetting", "retained"):
+                register_chart(trainer, "Old tasks", family, [f"{family}/{name}" for name in self.tasks])
+
+    @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not self.before or trainer.global_step == 0:  # a resumed run keeps the baseline of its first start
             self.before = {}
@@ -269,10 +276,7 @@ class ForgettingEvaluation(pl.Callback):
         self._measured_at = trainer.global_step
         values = {f"retained/{name}": value for name, value in self.after.items()}
         values |= {f"forgetting/{name}": drop for name, drop in self.forgetting.items()}
-        for logger in trainer.loggers:
-            logger.log_metrics(values, step=trainer.global_step)
-        # Without a logger: Lightning would write them only every log_every_n_steps. This is for monitor="...".
-        trainer.callback_metrics.update({key: torch.tensor(value) for key, value in values.items()})
+        log_values(trainer, values)
 
 
 def _forward_context(trainer: pl.Trainer) -> AbstractContextManager[Any]:

@@ -12,6 +12,7 @@ from typing_extensions import override
 
 from lightning_peft.distributed import refuse_unsupported, rewrap
 from lightning_peft.freezing import record_trained, set_trainable, trainable_count, trainable_names
+from lightning_peft.logging import log_values, register_chart
 from lightning_peft.matching import match_names
 
 _OWNER = "FreezeSchedule"
@@ -109,6 +110,8 @@ class FreezeSchedule(pl.Callback):
         if stage != "fit":
             return
         refuse_unsupported(trainer, _OWNER)
+        register_chart(trainer, "What trains", "parameters", ["schedule/trainable_parameters"])
+        register_chart(trainer, "What trains", "phase", ["schedule/phase"])
         if not self._found:
             self.number, self.began_epoch, self.began_step = 0, trainer.current_epoch, trainer.global_step
         thawing = [phase for phase in self.phases if phase.thaw_base]
@@ -214,10 +217,7 @@ class FreezeSchedule(pl.Callback):
             rewrap(trainer, pl_module)
         count = trainable_count(pl_module)
         rank_zero_info(f"{_OWNER}: phase {self.number} at step {trainer.global_step}: {count:,} numbers train.")
-        for logger in trainer.loggers:
-            logger.log_metrics(
-                {"schedule/phase": self.number, "schedule/trainable_parameters": count}, step=trainer.global_step
-            )
+        log_values(trainer, {"schedule/phase": self.number, "schedule/trainable_parameters": count})
 
     def _give_back(self, pl_module: pl.LightningModule) -> None:
         """Leave the flags as they were found, so that the next fit chooses among the same parameters."""

@@ -15,6 +15,7 @@ from typing_extensions import override
 
 from lightning_peft.data.mix_loader import BesideSampler, MixLoader, Rows, carried_options, row_count, shuffles
 from lightning_peft.data.mix_plan import BesidePlan, MemoryStream, MixPlan, exact
+from lightning_peft.logging import register_chart
 from lightning_peft.mixins import ReplayMixin
 
 _OWNER = "ReplayMixing"
@@ -97,12 +98,14 @@ class ReplayMixing(pl.Callback):
         if stage != "fit":
             return
         self.epoch, self.step = trainer.current_epoch, 0
+        register_chart(trainer, "Replay", "share of old rows", ["replay/ratio"])
         if sum(isinstance(callback, ReplayMixing) for callback in cast("Any", trainer).callbacks) > 1:
             raise ValueError(
                 f"{_OWNER}: stands twice among the callbacks; only one memory would be replayed. Join them by "
                 "torch.utils.data.ConcatDataset."
             )
         if self._goes_beside(pl_module):
+            register_chart(trainer, "Replay", "loss on old rows", ["replay/loss"])
             return
         if (share := cast("Any", trainer).overfit_batches) > 0:
             raise ValueError(

@@ -19,6 +19,7 @@ from lightning_peft.adapters.backbone import WHOLE, find_backbone, prefix_of, su
 from lightning_peft.adapters.layer import is_merged
 from lightning_peft.checkpointing import complete, peek, read_record, refresh_base, slim
 from lightning_peft.freezing import trainable_count, trainable_names
+from lightning_peft.logging import log_values
 from lightning_peft.mixins.order import is_mixin, refuse_order
 
 # The record of the checkpoint that is being loaded, for the __init__ that rebuilds the module.
@@ -168,8 +169,7 @@ class AdapterMixin(pl.LightningModule):
     @override
     def on_fit_start(self) -> None:
         super().on_fit_start()
-        for logger in self.loggers:
-            logger.log_metrics({"adapter/trainable_parameters": trainable_count(self)}, step=self.global_step)
+        log_values(self.trainer, {"adapter/trainable_parameters": trainable_count(self)})
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

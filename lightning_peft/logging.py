@@ -1,0 +1,95 @@
+"""Log keys and the TensorBoard page, once for all mixins and callbacks.
+
+A key is ``family/name``. Families are few, so that one glob finds all that belongs together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+from weakref import WeakKeyDictionary, WeakSet
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.loggers import TensorBoardLogger
+
+FAMILIES = {
+    "learn": "how well the new task goes",
+    "retained": "how much of an old task is left, in its own unit",
+    "forgetting": "how much of an old task is lost since before training",
+    "replay": "old rows and the losses on them",
+    "schedule": "what trains now",
+    "adapter": "what was added",
+}
+"""Every family of keys, and what it shows."""
+
+# Both follow the life of what they describe: a trainer or a writer that goes takes its entry along.
+_CHARTS: WeakKeyDictionary[pl.Trainer, dict[str, dict[str, list[str]]]] = WeakKeyDictionary()
+_WRITTEN: WeakSet[Any] = WeakSet()
+
+
+def check_key(key: str) -> str:
+    """Return a log key that follows the grammar ``family/name``.
+
+    Raises:
+        ValueError: If its family is unknown or the name is empty.
+
+    >>> check_key("forgetting/old")
+    'forgetting/old'
+    """
+    family, _, name = key.partition("/")
+    if family not in FAMILIES or not name:
+        raise ValueError(f"check_key: {key!r} must be family/name, with a family of {list(FAMILIES)}.")
+    return key
+
+
+def log_values(trainer: pl.Trainer, values: Mapping[str, float]) -> None:
+    """Send values to every logger of a trainer at the present step, and to ``callback_metrics`` for ``monitor=``.
+
+    They go past ``LightningModule.log``, which would hold them back to every ``log_every_n_steps`` steps.
+
+    Args:
+        trainer: A trainer with any number of loggers, also none.
+        values: Numbers by key.
+
+    Raises:
+        ValueError: For a key that does not follow the grammar.
+    """
+    for key in values:
+        check_key(key)
+    _write_layout(trainer)
+    for logger in trainer.loggers:
+        logger.log_metrics(dict(values), step=trainer.global_step)
+    trainer.callback_metrics.update({key: torch.tensor(value) for key, value in values.items()})
+
+
+def register_chart(trainer: pl.Trainer, category: str, chart: str, keys: Sequence[str]) -> None:
+    """Put keys into one chart of TensorBoard's custom scalars page.
+
+    The page can be set once per writer, so callbacks register in ``setup``, and the first value logged writes the page.
+    Charts of one name share their keys.
+
+    Args:
+        trainer: Whose loggers are meant.
+        category: Heading of the page's part.
+        chart: Title of the chart.
+        keys: What it shows.
+
+    Raises:
+        ValueError: For a key that does not follow the grammar.
+    """
+    charts = _CHARTS.setdefault(trainer, {}).setdefault(category, {}).setdefault(chart, [])
+    charts.extend(key for key in map(check_key, keys) if key not in charts)
+
+
+def _write_layout(trainer: pl.Trainer) -> None:
+    charts = _CHARTS.get(trainer)
+    if not charts or not trainer.is_global_zero:
+        return
+    layout = {
+        category: {title: ["Multiline", keys] for title, keys in found.items()} for category, found in charts.items()
+    }
+    for logger in trainer.loggers:
+        if isinstance(logger, TensorBoardLogger) and logger.experiment not in _WRITTEN:
+            _WRITTEN.add(logger.experiment)
+            logger.experiment.add_custom_scalars(layout)
