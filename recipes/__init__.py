@@ -1,4 +1,11 @@
-"""Whole runs, as commands: ``lightning-peft NAME`` or ``python -m lightning_peft.recipes.NAME``."""
+"""Whole runs, as commands, and what puts a technique on any project: a function, and a YAML overlay in ``configs``.
+
+``lightning-peft recipes`` lists them all.
+"""
 
 if __name__ == "recipes":
     raise ImportError("import lightning_peft.recipes, not recipes: the bare name would make every class twice")
+
+from lightning_peft.recipes.keep_what_it_knows import keep_what_it_knows
+
+__all__ = ["keep_what_it_knows"]

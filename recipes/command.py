@@ -1,22 +1,29 @@
-"""The command ``lightning-peft``: one name, one recipe."""
+"""The command ``lightning-peft``: the first word names a recipe or a tool."""
 
 from __future__ import annotations
 
 import argparse
 import importlib
 
-RECIPES = {"sentiment": "learn sentiment with MiniLM and keep what it could do before"}
+COMMANDS = {
+    "sentiment": ("lightning_peft.recipes.sentiment", "learn sentiment with MiniLM and keep what it could do before"),
+    "recipes": ("lightning_peft.recipes.overlays", "list the recipes; show one as a YAML overlay for your project"),
+    "inspect": (
+        "lightning_peft.inspection",
+        "show a network's layers, the globs that select them, and what LoRA adapts",
+    ),
+}
 
 
 def main(args: list[str] | None = None) -> None:
-    """Hand over to the recipe that is named first; the rest of the line is its own."""
-    listing = "\n".join(f"  {name:<12} {sentence}" for name, sentence in RECIPES.items())
+    """Hand over to the command that is named first; the rest of the line is its own."""
+    listing = "\n".join(f"  {name:<12} {sentence}" for name, (_, sentence) in COMMANDS.items())
     parser = argparse.ArgumentParser(
         "lightning-peft",
-        description=f"Recipes:\n{listing}\n\nlightning-peft RECIPE --help tells its options.",
+        description=f"Commands:\n{listing}\n\nlightning-peft COMMAND --help tells its options.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("recipe", choices=RECIPES, metavar="RECIPE")
-    parser.add_argument("options", nargs=argparse.REMAINDER, help="options of the recipe")
+    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND")
+    parser.add_argument("options", nargs=argparse.REMAINDER, help="options of the command")
     parsed = parser.parse_args(args)
-    importlib.import_module(f"lightning_peft.recipes.{parsed.recipe}").main(parsed.options)
+    importlib.import_module(COMMANDS[parsed.command][0]).main(parsed.options)

@@ -1,0 +1,171 @@
+"""Look at a network: its layers as a tree, the globs that select them, and what LoRA would adapt."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from rich.console import Console
+from rich.markup import escape
+from rich.tree import Tree
+from torch import nn
+
+from lightning_peft.adapters import LoRA
+from lightning_peft.adapters.backbone import WHOLE, find_backbone, prefix_of, submodule
+from lightning_peft.adapters.lora import linear_layers
+
+
+def model_tree(model: nn.Module, *, name: str = "") -> Tree:
+    """Return the layers of a network as a tree to print.
+
+    Neighbours that look the same (the layers of an encoder) stand as one, with ``*`` in their globs.
+
+    Args:
+        model: The network; it may be on the meta device.
+        name: What stands at the root.
+    """
+    path = adapted_path(model)
+    try:
+        chosen = {prefix_of(path) + name for name in LoRA(rank=1).select(submodule(model, path) or model)}
+    except ValueError:
+        chosen = set()
+    tree = Tree(f"[bold]{escape(name or type(model).__name__)}[/]  {_count(model):,} parameters")
+    _grow(tree, model, "", "", chosen)
+    return tree
+
+
+def _grow(tree: Tree, module: nn.Module, path: str, glob: str, chosen: set[str]) -> None:
+    for names, child in _alike(module):
+        label, step = (names[0], names[0]) if len(names) == 1 else (f"{names[0]}-{names[-1]}", "*")
+        here, pattern = f"{path}{names[0]}", f"{glob}{step}"
+        text = f"{label}  [dim]{type(child).__name__}[/] {_shape(child)} {_count(child) * len(names):,}"
+        leaf = not any(child.children())
+        if leaf and _count(child):
+            text += f"  [cyan]{escape(pattern)}[/]" + ("  [green]LoRA[/]" if here in chosen else "")
+        _grow(tree.add(text), child, f"{here}.", f"{pattern}.", chosen)
+
+
+def _alike(module: nn.Module) -> Iterator[tuple[list[str], nn.Module]]:
+    """Yield children, neighbours of one form as one."""
+    names: list[str] = []
+    first: nn.Module | None = None
+    for name, child in module.named_children():
+        if first is not None and name.isdigit() and _form(child) == _form(first):
+            names.append(name)
+            continue
+        if first is not None:
+            yield names, first
+        names, first = [name], child
+    if first is not None:
+        yield names, first
+
+
+def _form(module: nn.Module) -> list[tuple[str, str, tuple[int, ...]]]:
+    kinds = [(name, type(child).__name__, ()) for name, child in module.named_modules()]
+    return kinds + [(name, "", tuple(value.shape)) for name, value in module.named_parameters()]
+
+
+def _shape(module: nn.Module) -> str:
+    shapes = [f"{name} {'x'.join(map(str, value.shape))}" for name, value in module.named_parameters(recurse=False)]
+    return escape(f"({', '.join(shapes)})") if shapes else ""
+
+
+def _count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def load_model(model: str) -> nn.Module:
+    """Make a network to look at, on the meta device where that is possible: no weights are read.
+
+    Args:
+        model: ``package.module:Class`` (a class or function that needs no arguments), or a hub id or folder of a
+            transformers model.
+
+    Raises:
+        ValueError: If there is no such thing, or it cannot be made.
+    """
+    if ":" in model:
+        module, _, attribute = model.partition(":")
+        sys.path.insert(0, "")  # the user's own modules, as python -m would find them
+        try:
+            made: Any = getattr(importlib.import_module(module), attribute)()
+        except Exception as error:
+            raise ValueError(
+                f"inspect: {model!r} cannot be made ({type(error).__name__}: {error}). Name a class or a function that "
+                "needs no arguments, as package.module:Name."
+            ) from error
+        if not isinstance(made, nn.Module):
+            raise ValueError(f"inspect: {model!r} gives a {type(made).__name__}; it must give an nn.Module.")
+        if isinstance(made, pl.LightningModule):
+            made.configure_model()
+        return made
+    from transformers import AutoConfig, AutoModel  # noqa: PLC0415 - slow to import
+
+    try:
+        with torch.device("meta"):
+            network: nn.Module = AutoModel.from_config(AutoConfig.from_pretrained(model))
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"inspect: {model!r} is no folder or hub id of a transformers model that can be reached ({error}). For a "
+            "class of your own write package.module:Class."
+        ) from error
+    return network
+
+
+def adapted_path(model: nn.Module) -> str:
+    """Return the name of what adapters would be put on: of a LightningModule its backbone, else the network itself."""
+    if not isinstance(model, pl.LightningModule):
+        return WHOLE
+    try:
+        return find_backbone(model, LoRA(rank=1))
+    except ValueError:
+        return WHOLE
+
+
+def advice(model: nn.Module) -> list[str]:
+    """Return what the tree means for adapters and schedules, a sentence a line."""
+    lines = []
+    if isinstance(model, pl.LightningModule):
+        lines.append("Schedules take globs over parameter names: those above and .weight, .bias or .*")
+        try:
+            lines.append(
+                f"Adapters go on backbone={find_backbone(model, LoRA(rank=1))!r}; their globs begin inside it."
+            )
+        except ValueError as error:
+            return [*lines, str(error)]
+    path = adapted_path(model)
+    network = submodule(model, path) or model
+    try:
+        chosen = LoRA(rank=1).select(network)
+    except ValueError as error:
+        return [*lines, f'targets="all-linear" does not fit: {error}']
+    size = sum(layer.in_features + layer.out_features for layer in chosen.values())
+    linear = len(linear_layers(network))
+    return [
+        *lines,
+        f'targets="all-linear" adapts {len(chosen)} of its {linear} linear layers: {size:,} x rank numbers.',
+    ]
+
+
+def main(args: list[str] | None = None) -> None:
+    """Print the tree of a network."""
+    parser = argparse.ArgumentParser(
+        "lightning-peft inspect",
+        description="Print the layers of a network, with shapes and parameter counts; in blue the glob that selects "
+        "a layer (relative to the network, as adapters take it), in green what LoRA's all-linear would adapt.",
+    )
+    parser.add_argument("model", metavar="MODEL", help="hub id, local folder, or package.module:Class")
+    parsed = parser.parse_args(args)
+    try:
+        model = load_model(parsed.model)
+    except ValueError as error:
+        parser.error(str(error))
+    console = Console()
+    console.width = max(console.width, 160)  # a piped tree would be cut at 80
+    console.print(model_tree(model, name=parsed.model))
+    print("\n".join(advice(model)))
