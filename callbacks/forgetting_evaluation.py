@@ -12,6 +12,7 @@ from typing import Any, cast
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 from torch.utils.data import DataLoader, Subset
@@ -177,7 +178,9 @@ class ForgettingEvaluation(pl.Callback):
 
     ``retained/<name>`` is the task's value; ``forgetting/<name>`` is the drop since before training, ``before - after``
     (``after - before`` where lower is better), never clipped: below zero the task has improved. Measured before the
-    first step, every so many epochs or steps, and after the last. Training is bit-identical with and without it.
+    first step, every so many epochs or steps, and after the last. Training is bit-identical with and without it. Where a
+    ``WeightAveraging`` callback averages the weights, the averaged ones are measured, as Lightning does in validation:
+    they are what remains.
 
     Args:
         tasks: Old tasks by name.
@@ -222,6 +225,7 @@ class ForgettingEvaluation(pl.Callback):
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage == "fit":
+            _come_first(trainer, self)
             for family in ("forgetting", "retained"):
                 register_chart(trainer, "Old tasks", family, [f"{family}/{name}" for name in self.tasks])
 
@@ -259,7 +263,7 @@ class ForgettingEvaluation(pl.Callback):
         self._measured_at = state_dict["measured_at"]
 
     def _measure(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        with _forward_context(trainer):
+        with _averaged(trainer, pl_module), _forward_context(trainer):
             self.after = {
                 name: evaluate(
                     pl_module,
@@ -283,3 +287,28 @@ def _forward_context(trainer: pl.Trainer) -> AbstractContextManager[Any]:
     """Return the precision context of the trainer's own forwards (autocast and the like)."""
     plugin = trainer.precision_plugin
     return cast("AbstractContextManager[Any]", plugin.forward_context()) if plugin is not None else nullcontext()
+
+
+def _come_first(trainer: pl.Trainer, callback: pl.Callback) -> None:
+    """Put a callback before those that look at its values, such as EarlyStopping, and behind those that move weights."""
+    found = cast("Any", trainer)
+    movers = [other for other in found.callbacks if isinstance(other, WeightAveraging)]
+    others = [other for other in found.callbacks if other is not callback and other not in movers]
+    found.callbacks = [*movers, callback, *others]
+
+
+@contextmanager
+def _averaged(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Iterator[None]:
+    """Put averaged weights into the module for a while, where a callback has begun to average them."""
+    begun = [
+        callback
+        for callback in cast("Any", trainer).callbacks
+        if isinstance(callback, WeightAveraging) and cast("Any", callback)._average_model.n_averaged > 0
+    ]
+    for callback in begun:
+        callback._swap_models(pl_module)
+    try:
+        yield
+    finally:
+        for callback in begun:
+            callback._swap_models(pl_module)

@@ -172,6 +172,8 @@ class ReplayMixing(pl.Callback):
         self.step += 1
         old, total = self.drawn()
         pl_module.log("replay/ratio", old / total, on_step=True, on_epoch=False)
+        if isinstance(pl_module, ReplayMixin) and pl_module.replay_loss is not None:
+            pl_module.log("replay/loss", pl_module.replay_loss, on_step=True, on_epoch=False)
         if self.step == self._plan().steps:
             self.epoch, self.step = self.epoch + 1, 0
 

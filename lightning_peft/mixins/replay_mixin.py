@@ -26,6 +26,8 @@ class ReplayMixin(pl.LightningModule):
 
     replay: tuple[Any, float] | None = None
     """The coming step's replay batch and the weight of its loss; ``ReplayMixing`` sets it, one step takes it."""
+    replay_loss: Tensor | None = None
+    """What ``replay_step`` returned last; ``ReplayMixing`` logs it (a compiled step could not: torch 2.13 stops there)."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Refuse an order of bases in which the mixin would be skipped."""
@@ -46,7 +48,7 @@ class ReplayMixin(pl.LightningModule):
         if replay is None or output is None:
             return output
         loss = self.replay_step(replay[0])
-        self.log("replay/loss", loss.detach())
+        self.replay_loss = loss.detach()
         return _add_loss(output, replay[1] * loss)
 
 

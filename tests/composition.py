@@ -1,0 +1,254 @@
+"""Every mixin with every callback and every feature of Lightning: trained, resumed, compared; printed as a table.
+
+``python -m tests.composition docs/composition.md`` writes the table of one process and, launched by itself through
+torchrun, of two. A cell is ``exact`` (a run resumed from its middle ends bit for bit where the whole run ends), or says
+why it is refused before training.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import traceback
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
+from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging, ModelCheckpoint
+from torch.utils.data import DataLoader
+from torchmetrics.classification import MulticlassAccuracy
+
+from lightning_peft import FullFinetuneMixin, LinearProbeMixin, LoRA, LoRAMixin, ReplayMixin, adapted
+from lightning_peft.callbacks import ForgettingEvaluation, FreezeSchedule, OldTask, ReplayMixing, ZeroInitHead
+from lightning_peft.distributed import rank, world_size
+from lightning_peft.files import write_text
+from tests.toy import Toy, rows, same, weights
+
+ROOT = Path(__file__).parents[1]
+EPOCHS = 3
+
+
+class Plain(Toy):
+    """The toy on rows in their own order, with a scheduler and without a log where the cell asks for it."""
+
+    scheduler, logs = False, True
+
+    def __init__(self) -> None:
+        super().__init__(lr=0.03)
+
+    def training_step(self, batch, batch_idx):
+        # torch 2.13 cannot compile a step that calls self.log, of any module.
+        loss = torch.nn.functional.cross_entropy(self(batch[0]), batch[1])
+        if self.logs:
+            self.log("loss", loss)
+        return loss
+
+    def train_dataloader(self) -> DataLoader:
+        return DataLoader(rows(24), 6 // world_size())
+
+    def configure_optimizers(self) -> Any:
+        optimizer = super().configure_optimizers()
+        return ([optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1)]) if self.scheduler else optimizer
+
+
+class WithLoRA(LoRAMixin, Plain):
+    def __init__(self) -> None:
+        super().__init__(adapter=LoRA(rank=2))
+
+
+class Probing(LinearProbeMixin, Plain): ...
+
+
+class Full(FullFinetuneMixin, Plain): ...
+
+
+class Rehearsing(ReplayMixin, Plain):
+    def replay_step(self, batch):
+        return torch.nn.functional.cross_entropy(self(batch[0]), batch[1])
+
+
+MODULES: dict[str, Callable[[], Plain]] = {
+    "no mixin": Plain,
+    "LoRAMixin": WithLoRA,
+    "LinearProbeMixin": Probing,
+    "FullFinetuneMixin": Full,
+    "ReplayMixin": Rehearsing,
+    "adapted": adapted(Plain, LoRA(rank=2)),
+}
+
+
+def old_step(module, batch):
+    return module(batch[0]), batch[1]
+
+
+def old_task() -> OldTask:
+    return OldTask(rows(20, seed=4), MulticlassAccuracy(num_classes=2), old_step)
+
+
+CALLBACKS: dict[str, Callable[[], pl.Callback]] = {
+    "ZeroInitHead": ZeroInitHead,
+    "FreezeSchedule": lambda: FreezeSchedule.head_first("head", steps=5),
+    "ReplayMixing": lambda: ReplayMixing(rows(20, seed=3), ratio=0.25),
+    "ForgettingEvaluation": lambda: ForgettingEvaluation({"old": old_task()}, every_n_epochs=1),
+}
+# What a feature adds: callbacks, options of the trainer, and what it does to the module.
+FEATURES: dict[str, dict[str, Any]] = {
+    "ModelCheckpoint": {},
+    "EarlyStopping": {"callback": lambda: EarlyStopping("loss", min_delta=9.0, patience=1)},
+    "WeightAveraging": {"callback": lambda: EMAWeightAveraging(decay=0.5)},
+    "LR scheduler": {"scheduler": True},
+    "gradient accumulation": {"options": {"accumulate_grad_batches": 2}},
+    "clipping": {"options": {"gradient_clip_val": 0.2}},
+    "torch.compile": {"compiled": True},
+}
+
+
+def build(module: str, feature: str) -> tuple[Any, Plain]:
+    """Return what is given to fit, and the module inside it."""
+    pl.seed_everything(7, verbose=False)
+    net = MODULES[module]()
+    net.scheduler, net.logs = FEATURES[feature].get("scheduler", False), not FEATURES[feature].get("compiled")
+    return (torch.compile(net, backend="eager") if FEATURES[feature].get("compiled") else net), net
+
+
+def fit(given: Any, callbacks: list[pl.Callback], feature: str, ckpt_path: Path | None = None) -> pl.Trainer:
+    added = [FEATURES[feature]["callback"]()] if "callback" in FEATURES[feature] else []
+    trainer = pl.Trainer(
+        max_epochs=EPOCHS,
+        accelerator="cpu",
+        devices=world_size() if dist.is_initialized() else 1,
+        strategy="ddp" if dist.is_initialized() else "auto",
+        callbacks=[*callbacks, *added],
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=tempfile.gettempdir(),
+        **FEATURES[feature].get("options", {}),
+    )
+    trainer.fit(given, ckpt_path=ckpt_path)
+    return trainer
+
+
+def every_epoch(folder: Path) -> ModelCheckpoint:
+    return ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1, every_n_epochs=1)
+
+
+def cell(module: str, callback: str, feature: str, folder: Path) -> str:
+    """Train a combination whole and in two parts; return what became of it.
+
+    Raises:
+        Exception: Whatever a run raises after it has begun to train.
+    """
+    given, whole = build(module, feature)
+    start = weights(whole)
+    try:
+        trainer = fit(given, [CALLBACKS[callback](), every_epoch(folder)], feature)
+    except ValueError as error:
+        assert all(torch.equal(start[name], value) for name, value in weights(whole).items() if name in start)
+        return f"refused: {error}"
+    end = weights(whole)
+    assert all(value.isfinite().all() for value in end.values())
+    if all(torch.equal(end[name], start.get(name, end[name])) for name in end):
+        return "nothing moved"
+    given, resumed = build(module, feature)
+    again = fit(given, [CALLBACKS[callback](), every_epoch(folder)], feature, ckpt_path=folder / "epoch=0.ckpt")
+    if not same(weights(resumed), end):
+        return "differs after a resume"
+    if again.global_step != trainer.global_step:
+        return f"{again.global_step} steps after a resume, {trainer.global_step} whole"
+    return "exact"
+
+
+def all_cells(pairs: list[tuple[str, str, str]], folder: Path) -> dict[str, str]:
+    """Return what became of each combination; an error is told, not raised. ``folder`` is the same on every process."""
+    found = {}
+    for number, names in enumerate(pairs):
+        try:
+            found[" / ".join(names)] = cell(*names, folder / str(number))
+        except Exception as error:
+            traceback.print_exc()
+            found[" / ".join(names)] = f"broken: {type(error).__name__}: {error}"
+    return found
+
+
+def everything() -> list[tuple[str, str, str]]:
+    return list(itertools.product(MODULES, CALLBACKS, FEATURES))
+
+
+def two_processes(names: list[tuple[str, str, str]], folder: Path) -> list[dict[str, str]]:
+    """Run combinations under DDP in one launch; return what each process saw."""
+    write_text(folder / "cells.json", json.dumps(names))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = ["-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={port}", "-m", "tests.composition"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(
+        [sys.executable, *command, str(folder)], cwd=ROOT, env=env, capture_output=True, text=True, check=False
+    )
+    if run.returncode:
+        raise RuntimeError(f"The launch of two processes failed:\n{run.stderr[-4000:]}")
+    return [json.loads((folder / f"rank-{number}.json").read_text()) for number in range(2)]
+
+
+def table(one: dict[str, str], two: dict[str, str]) -> str:
+    """Return the cells as Markdown: a part for each mixin, a line for each callback, a column for each feature."""
+    reasons: dict[str, int] = {}
+
+    def show(key: str) -> str:
+        shown = []
+        for result in (one[key], two[key]):
+            kind, _, reason = result.partition(": ")
+            shown.append(kind if not reason else f"{kind} [{reasons.setdefault(reason, len(reasons) + 1)}]")
+        return shown[0] if shown[0] == shown[1] else f"{shown[0]}; DDP: {shown[1]}"
+
+    lines = []
+    for module in MODULES:
+        lines += ["", f"### {module}", "", f"| | {' | '.join(FEATURES)} |", "|---|" + "---|" * len(FEATURES)]
+        for callback in CALLBACKS:
+            cells = [show(f"{module} / {callback} / {feature}") for feature in FEATURES]
+            lines.append(f"| {callback} | {' | '.join(cells)} |")
+    return "\n".join([*lines, "", *(f"{number}. {reason}" for reason, number in reasons.items())]) + "\n"
+
+
+HEADING = """# What goes together
+
+Every mixin with every callback and every feature of Lightning, in one process and under DDP in two. *exact*: the run trains,
+and one that is resumed from its middle ends bit for bit where the whole run ends (the same in one process and in two, where
+nothing else is said). *refused*: an error before training, with the reason below. torch 2.13 cannot compile a step that calls
+`self.log`, in any LightningModule: the compiled modules log nothing in theirs, and ours do it outside.
+Made by `python -m tests.composition docs/composition.md`; the tests make each cell anew.
+"""
+
+
+def work(folder: Path) -> None:
+    """Run the cells of a folder as one of several processes."""
+    dist.init_process_group("gloo")
+    names = [tuple(found) for found in json.loads((folder / "cells.json").read_text())]
+    write_text(folder / f"rank-{rank()}.json", json.dumps(all_cells(names, folder / "cells")))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    torch.set_num_threads(1)
+    if "RANK" in os.environ:
+        work(Path(sys.argv[1]))
+    else:
+        with tempfile.TemporaryDirectory() as scratch:
+            pair = two_processes(everything(), Path(scratch))
+            assert pair[0] == pair[1], "the processes disagree"
+            one = all_cells(everything(), Path(scratch, "one"))
+        write_text(Path(sys.argv[1]), HEADING + table(one, pair[0]))
