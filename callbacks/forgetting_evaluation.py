@@ -23,6 +23,7 @@ from typing_extensions import override
 from lightning_peft.data.mix_loader import Rows, carried_options, row_count
 from lightning_peft.distributed import rank, world_size
 from lightning_peft.logging import log_values, register_chart
+from lightning_peft.one_lightning import refuse_pytorch_lightning
 
 _OWNER = "ForgettingEvaluation"
 
@@ -224,6 +225,7 @@ class ForgettingEvaluation(pl.Callback):
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        refuse_pytorch_lightning(type(trainer), _OWNER)
         if stage == "fit":
             _come_first(trainer, self)
             for family in ("forgetting", "retained"):

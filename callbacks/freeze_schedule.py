@@ -14,6 +14,7 @@ from lightning_peft.distributed import refuse_unsupported, rewrap
 from lightning_peft.freezing import record_trained, set_trainable, trainable_count, trainable_names
 from lightning_peft.logging import log_values, register_chart
 from lightning_peft.matching import match_names
+from lightning_peft.one_lightning import refuse_pytorch_lightning
 
 _OWNER = "FreezeSchedule"
 
@@ -107,6 +108,7 @@ class FreezeSchedule(pl.Callback):
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        refuse_pytorch_lightning(type(trainer), _OWNER)
         if stage != "fit":
             return
         refuse_unsupported(trainer, _OWNER)

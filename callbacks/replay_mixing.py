@@ -17,6 +17,7 @@ from lightning_peft.data.mix_loader import BesideSampler, MixLoader, Rows, carri
 from lightning_peft.data.mix_plan import BesidePlan, MemoryStream, MixPlan, exact
 from lightning_peft.logging import register_chart
 from lightning_peft.mixins import ReplayMixin
+from lightning_peft.one_lightning import refuse_pytorch_lightning
 
 _OWNER = "ReplayMixing"
 
@@ -95,6 +96,7 @@ class ReplayMixing(pl.Callback):
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        refuse_pytorch_lightning(type(trainer), _OWNER)
         if stage != "fit":
             return
         self.epoch, self.step = trainer.current_epoch, 0

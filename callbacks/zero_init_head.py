@@ -9,6 +9,7 @@ import lightning.pytorch as pl
 from typing_extensions import override
 
 from lightning_peft.heads import output_layer, zero_init
+from lightning_peft.one_lightning import refuse_pytorch_lightning
 
 
 class ZeroInitHead(pl.Callback):
@@ -32,6 +33,7 @@ class ZeroInitHead(pl.Callback):
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        refuse_pytorch_lightning(type(trainer), "ZeroInitHead")
         # Before Lightning restores a checkpoint: a resumed head keeps what it has learned. So does a head whose
         # trainer has taken steps already and fits on.
         if stage != "fit" or trainer.global_step > 0:

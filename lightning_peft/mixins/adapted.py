@@ -10,6 +10,7 @@ import lightning.pytorch as pl
 
 from lightning_peft.adapters import Adapter, LoRA
 from lightning_peft.mixins.adapter_mixin import AdapterMixin
+from lightning_peft.one_lightning import refuse_pytorch_lightning
 
 ModuleT = TypeVar("ModuleT", bound=pl.LightningModule)
 
@@ -28,7 +29,7 @@ def adapted(module: type[ModuleT], adapter: Adapter = LoRA(), *, backbone: str |
         backbone: As in :class:`~lightning_peft.AdapterMixin`.
 
     Raises:
-        TypeError: If ``module`` is an instance, no LightningModule class, or adapted already.
+        TypeError: If ``module`` is an instance, no class of ``lightning.pytorch.LightningModule``, or adapted already.
 
     >>> from lightning.pytorch.demos.boring_classes import BoringModel
     >>> net = adapted(BoringModel, LoRA(rank=2), backbone=".")()
@@ -36,6 +37,8 @@ def adapted(module: type[ModuleT], adapter: Adapter = LoRA(), *, backbone: str |
     >>> [name for name, parameter in net.named_parameters() if parameter.requires_grad]
     ['layer.lora_A.default', 'layer.lora_B.default']
     """
+    if isinstance(module, type):
+        refuse_pytorch_lightning(module, "adapted")
     if not (isinstance(module, type) and issubclass(module, pl.LightningModule)):
         raise TypeError(f"adapted: {module!r} must be a LightningModule class, not an instance or another class.")
     if issubclass(module, AdapterMixin):

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import lightning.pytorch as pl
 
+from lightning_peft.one_lightning import refuse_pytorch_lightning
+
 
 def refuse_order(cls: type, mixin: type) -> None:
-    """Stop a class whose bases put a LightningModule of the user's before the mixin.
+    """Stop a class whose bases put a LightningModule of the user's before the mixin, or come from another Lightning.
 
     Raises:
-        TypeError: With the order that works.
+        TypeError: With what works.
     """
+    refuse_pytorch_lightning(cls, mixin.__name__)
     for base in cls.__mro__[1:]:
         if base is mixin:
             return
