@@ -17,12 +17,12 @@ def keep_what_it_knows(
     head: str = "head",
     head_steps: int = 100,
     ratio: float = 0.2,
-    every_n_epochs: int = 1,
+    seed: int = 0,
 ) -> list[pl.Callback]:
-    """Return a head that starts at zero, head first, replay, and forgetting measured, for ``Trainer(callbacks=...)``.
+    """Return a head that starts at zero, head first, replay, and forgetting measured every epoch, for ``Trainer(callbacks=...)``.
 
-    ``configs/keep_what_it_knows.yaml`` is the same for LightningCLI: ``lightning-peft recipes show
-    keep_what_it_knows``.
+    The order of the list does not matter. ``configs/keep_what_it_knows.yaml`` is the same for LightningCLI:
+    ``lightning-peft recipes show keep_what_it_knows``.
 
     Args:
         memory: Old rows to mix in, as in :class:`~lightning_peft.callbacks.ReplayMixing`.
@@ -30,7 +30,7 @@ def keep_what_it_knows(
         head: Dotted name of the head inside the LightningModule.
         head_steps: Optimizer steps in which the head trains alone.
         ratio: Share of old rows.
-        every_n_epochs: How often the old tasks are measured.
+        seed: Seed of the order of old rows.
 
     Raises:
         ValueError: As the callbacks do.
@@ -44,6 +44,6 @@ def keep_what_it_knows(
     return [
         ZeroInitHead(head),
         FreezeSchedule.head_first(head, steps=head_steps),
-        ReplayMixing(memory, ratio=ratio),
-        ForgettingEvaluation(old_tasks, every_n_epochs=every_n_epochs),
+        ReplayMixing(memory, ratio=ratio, seed=seed),
+        ForgettingEvaluation(old_tasks, every_n_epochs=1),
     ]

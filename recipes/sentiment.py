@@ -24,6 +24,7 @@ from lightning_peft.callbacks import ForgettingEvaluation, FreezeSchedule, OldTa
 from lightning_peft.data.packaged import minilm
 from lightning_peft.freezing import trainable_count
 from lightning_peft.metrics import RecallAtOne
+from lightning_peft.recipes import keep_what_it_knows
 from lightning_peft.recipes.sentiment_data import CODE_TOKENS, SentimentData
 from lightning_peft.recipes.sentiment_net import AdaptedReviewNet, Classifier, embed_pair, save_classifier
 from lightning_peft.reporting import plot_learned_forgotten, print_table, save_results
@@ -137,15 +138,16 @@ def old_skills(data: SentimentData) -> dict[str, OldTask]:
 
 
 def protections(arm: Arm, data: SentimentData, options: Sentiment) -> list[pl.Callback]:
-    """Return the callbacks by which an arm keeps what the network knows."""
-    callbacks: list[pl.Callback] = []
-    if arm.zero_head:
-        callbacks.append(ZeroInitHead("head"))
-    if arm.head_first:
-        callbacks.append(FreezeSchedule.head_first("head", steps=options.head_steps))
-    if arm.rehearse or arm.anchor:
-        callbacks.append(ReplayMixing(data.texts(data.memory), ratio=0.2, seed=options.seed))
-    return callbacks
+    """Return what measures both skills and, of what keeps them, what the arm uses."""
+    used = {
+        ZeroInitHead: arm.zero_head,
+        FreezeSchedule: arm.head_first,
+        ReplayMixing: bool(arm.rehearse or arm.anchor),
+        ForgettingEvaluation: True,
+    }
+    memory, skills = data.texts(data.memory), old_skills(data)
+    callbacks = keep_what_it_knows(memory=memory, old_tasks=skills, head_steps=options.head_steps, seed=options.seed)
+    return [callback for callback in callbacks if used[type(callback)]]
 
 
 def trainer_for(options: Sentiment, folder: Path, callbacks: list[pl.Callback], every: int) -> pl.Trainer:
@@ -179,11 +181,12 @@ def run_arm(arm: Arm, options: Sentiment) -> dict[str, Any]:
         model=path, lr=arm.lr, steps=options.steps, rehearse=arm.rehearse, anchor=arm.anchor, adapter=arm.adapter
     )
     every = max(2, options.steps // 6)
-    skills = ForgettingEvaluation(old_skills(data))
+    kept = protections(arm, data, options)
+    skills = next(callback for callback in kept if isinstance(callback, ForgettingEvaluation))
     checkpoint = ModelCheckpoint(folder, save_last=True, save_top_k=0, every_n_train_steps=every)
     guard = {"half_review_guard": OldTask(data.texts(data.guard), RecallAtOne(), embed_pair)}
     curves = ForgettingEvaluation(guard, every_n_steps=every)
-    trainer = trainer_for(options, folder, [curves, skills, checkpoint, *protections(arm, data, options)], every)
+    trainer = trainer_for(options, folder, [curves, checkpoint, *kept], every)
     last = folder / "last.ckpt"
     began = time.perf_counter()
     trainer.fit(net, data, ckpt_path=last if options.resume and last.exists() else None)
