@@ -47,9 +47,10 @@ class Adapter(ABC):
             ValueError: If the adapter does not fit the network. Nothing has been changed then.
         """
 
-    def fits(self, model: nn.Module) -> bool:
-        """Whether the adapter could be added to ``model``; nothing is changed."""
-        return any(True for _ in model.parameters())
+    def refusal(self, model: nn.Module) -> str | None:
+        """Say why the adapter cannot be added to ``model``, None if it can; nothing is changed."""
+        trainable = any(True for _ in model.parameters())
+        return None if trainable else f"{type(self).__name__}: this {type(model).__name__} has no parameters."
 
     def to_plain(self) -> dict[str, Any]:
         """Return the adapter as numbers, strings and lists, with a format number and our version."""

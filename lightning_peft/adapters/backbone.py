@@ -43,16 +43,24 @@ def find_backbone(module: nn.Module, adapter: Adapter, *, owner: str = "find_bac
     children = dict(module.named_children())
     if "backbone" in children:
         return "backbone"
-    fitting = {name: child for name, child in children.items() if any(child.children()) and adapter.fits(child)}
+    refusals = {name: _refusal(child, adapter) for name, child in children.items()}
+    fitting = [name for name, reason in refusals.items() if reason is None]
     if len(fitting) == 1:
-        return next(iter(fitting))
+        return fitting[0]
     found = f"{len(fitting)} children fit" if fitting else "no child fits"
-    shown = fitting or {name: child for name, child in children.items() if any(True for _ in child.parameters())}
-    listed = "".join(f"\n  {name} ({type(child).__name__}, {_count(child):,})" for name, child in shown.items())
+    listed = "".join(
+        f"\n  {name} ({type(child).__name__}, {_count(child):,})" + (f": {refusals[name]}" if refusals[name] else "")
+        for name, child in children.items()
+        if name in fitting or (not fitting and _count(child))
+    )
     raise ValueError(
         f"{owner}: backbone is not given, and {found} {adapter!r}. Pass backbone= with the dotted name of the pretrained "
         f'network, or "." for the module itself. Children with their parameter counts:{listed or " none"}'
     )
+
+
+def _refusal(child: nn.Module, adapter: Adapter) -> str | None:
+    return adapter.refusal(child) if any(child.children()) else "one layer, no network"
 
 
 def unknown_backbone(module: nn.Module, name: str, *, owner: str) -> ValueError:

@@ -37,7 +37,8 @@ class LoRA(Adapter):
         rank: Rank of the update, at most the smaller side of every target.
         alpha: The update is scaled by ``alpha / rank``, so that a change of rank needs no new learning rate.
         targets: Globs over module names relative to the adapted network, or ``"all-linear"``: every linear layer
-            except the output embedding and the head of a transformers model.
+            except an output embedding that shares its weight with the input's, and except the output embedding and the
+            head of a transformers model.
         exclude: Globs of layers to leave out.
         dropout: Probability of dropping an input of the update during training. It follows the layer's train or eval
             mode, and networks of ``from_pretrained`` come in eval mode: call ``train()`` on them if dropout is to act.
@@ -86,11 +87,12 @@ class LoRA(Adapter):
         return [f"{layer}.{matrix}.{name}".lstrip(".") for layer in layers for matrix in ("lora_A", "lora_B")]
 
     @override
-    def fits(self, model: nn.Module) -> bool:
+    def refusal(self, model: nn.Module) -> str | None:
         try:
-            return bool(self.select(model))
-        except ValueError:
-            return False
+            self.select(model)
+        except ValueError as error:
+            return str(error)
+        return None
 
     def select(self, model: nn.Module) -> dict[str, nn.Linear]:
         """Return the layers of ``model`` that this adapter would adapt, by name.
@@ -100,7 +102,7 @@ class LoRA(Adapter):
         """
         linear = linear_layers(model)
         if self.targets == "all-linear":
-            bypassed = heads_of(model) | set(attention_projections(model))
+            bypassed = heads_of(model) | output_embeddings(model) | set(attention_projections(model))
             chosen = [name for name in linear if name not in bypassed]
         else:
             chosen = match_names(linear, self.targets, owner="LoRA: target", kind="linear layer")
@@ -206,6 +208,12 @@ def tied_weights(model: nn.Module) -> set[str]:
     ]
     counts = Counter(weight for _, weight in weights)
     return {name for name, weight in weights if counts[weight] > 1}
+
+
+def output_embeddings(model: nn.Module) -> set[str]:
+    """Return the linear layers that share their weight with an embedding."""
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    return {name for name, layer in linear_layers(model).items() if id(layer.weight) in embeddings}
 
 
 def heads_of(model: nn.Module) -> set[str]:

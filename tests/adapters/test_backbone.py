@@ -36,8 +36,14 @@ def test_several_candidates_are_listed_with_their_sizes():
 def test_where_none_fits_the_children_are_listed():
     with pytest.raises(ValueError, match=r'no child fits .*"\." for the module itself') as error:
         find_backbone(nn.ModuleDict({"layer": nn.Linear(3, 2), "loss": nn.MSELoss()}), LoRA(rank=2))
-    assert "layer (Linear, 8)" in str(error.value)
+    assert "layer (Linear, 8): one layer, no network" in str(error.value)
     assert "loss" not in str(error.value)
+
+
+def test_where_none_fits_each_child_s_reason_is_told():
+    module = nn.ModuleDict({"net": nn.Sequential(nn.Conv1d(1, 1, 1))})
+    with pytest.raises(ValueError, match=r"net \(Sequential, 2\): LoRA: .* leave none of the 0 linear layers"):
+        find_backbone(module, LoRA(rank=1))
 
 
 def test_a_dot_is_the_module_itself():

@@ -135,6 +135,15 @@ def test_a_weight_that_belongs_to_another_module_too_is_refused():
     assert list(LoRA(rank=2, exclude=["0", "2"]).select(model)) == ["3"]
 
 
+def test_all_linear_leaves_an_output_embedding_that_is_tied_to_the_input_s_as_it_is():
+    net = nn.ModuleDict({"embed": nn.Embedding(9, 4), "layer": nn.Linear(4, 4), "output": nn.Linear(4, 9, bias=False)})
+    assert list(LoRA(rank=2).select(net)) == ["layer", "output"]
+    net["output"].weight = net["embed"].weight
+    assert list(LoRA(rank=2).select(net)) == ["layer"]
+    with pytest.raises(ValueError, match=r"\['output'\] share their weight"):
+        LoRA(rank=2, targets=["output"]).select(net)
+
+
 def test_targets_and_exclude_choose_by_glob():
     model = nn.ModuleDict({"query": nn.Linear(4, 4), "key": nn.Linear(4, 4), "Query": nn.Linear(4, 4)})
     assert list(LoRA(targets=["quer*"]).select(model)) == ["query"]
