@@ -3,71 +3,16 @@
 import copy
 import csv
 import pickle
-import random
 
 import lightning.pytorch as pl
-import numpy as np
 import pytest
-import torch
 from lightning.pytorch.loggers import CSVLogger
-from torch import nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset
-from torchmetrics import MeanMetric, MeanSquaredError, Metric
-from torchmetrics.classification import MulticlassAccuracy
+from torch.utils.data import DataLoader
+from torchmetrics import MeanSquaredError
 
 from lightning_peft.callbacks import ForgettingEvaluation, OldTask
-from lightning_peft.callbacks.forgetting_evaluation import evaluate
-from tests.toy import Toy, rows, same, weights
-
-OLD = rows(50, seed=9)
-
-
-class Noisy(Toy):
-    """Everything that a careless evaluation would disturb: dropout, running statistics, a frozen layer in eval."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.backbone = nn.Sequential(
-            nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 8), nn.BatchNorm1d(8)
-        )
-        self.backbone[4].eval().requires_grad_(False)
-        self.modes: list[dict[str, bool]] = []
-
-    def training_step(self, batch, batch_idx):
-        self.modes.append({name: child.training for name, child in self.named_modules()})
-        return super().training_step(batch, batch_idx)
-
-
-def classify(module, batch):
-    x, y = batch
-    return module(x).argmax(1), y
-
-
-def regress(module, batch):
-    x, y = batch
-    return module(x)[:, 1], y.to(x)
-
-
-def accuracy(data=OLD, step=classify) -> OldTask:
-    return OldTask(data, MulticlassAccuracy(num_classes=2, average="micro"), step)
-
-
-def error(data=OLD) -> OldTask:
-    return OldTask(data, MeanSquaredError(), regress)
-
-
-def expected_accuracy(net: nn.Module) -> float:
-    twin = copy.deepcopy(net).eval()
-    x, y = OLD.tensors
-    with torch.no_grad():
-        return float((twin(x.to(next(twin.parameters()))).argmax(1) == y).double().mean())
-
-
-def expected_error(net: nn.Module) -> float:
-    twin = copy.deepcopy(net).eval().double()
-    x, y = OLD.tensors
-    with torch.no_grad():
-        return float((twin(x.double())[:, 1] - y).square().mean())
+from tests.old_tasks import OLD, Noisy, accuracy, error, expected_accuracy, expected_error, regress
+from tests.toy import Toy, same, weights
 
 
 class Watch(pl.Callback):
@@ -78,16 +23,6 @@ class Watch(pl.Callback):
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         self.steps.append({key: float(value) for key, value in trainer.callback_metrics.items() if "/" in key})
-
-
-class Dicey(Dataset):
-    """Rows that draw from every generator there is."""
-
-    def __len__(self):
-        return 10
-
-    def __getitem__(self, index):
-        return torch.randn(4) + random.random() + np.random.rand(), index % 2
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -104,35 +39,6 @@ def test_training_is_bit_identical_with_and_without_it(fit, workers):
     assert nets[0].modes == nets[1].modes
 
 
-def test_rows_that_draw_random_numbers_leave_every_generator_where_it_was(net):
-    states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy()
-    evaluate(net, accuracy(Dicey()))
-    assert torch.equal(torch.get_rng_state(), states[0])
-    assert random.getstate() == states[1]
-    assert (np.random.get_state()[1] == states[2]).all()
-
-
-@pytest.mark.parametrize("mode", [True, False])
-def test_evaluation_gives_back_the_mode_of_every_single_module(mode):
-    net = Noisy()
-    net.train(mode)
-    net.backbone[4].train(not mode)
-    before = {name: child.training for name, child in net.named_modules()}
-    evaluate(net, accuracy())
-    assert {name: child.training for name, child in net.named_modules()} == before
-
-
-def test_a_step_that_fails_gives_back_the_modes_too():
-    def step(module, batch):
-        raise RuntimeError("broken")
-
-    net = Noisy()
-    before = {name: child.training for name, child in net.named_modules()}
-    with pytest.raises(RuntimeError, match="broken"):
-        evaluate(net, accuracy(step=step))
-    assert {name: child.training for name, child in net.named_modules()} == before
-
-
 def test_a_frozen_batch_norm_in_eval_keeps_its_statistics_and_its_mode_through_a_run(fit):
     net = Noisy()
     frozen = weights(net.backbone[4])
@@ -140,31 +46,6 @@ def test_a_frozen_batch_norm_in_eval_keeps_its_statistics_and_its_mode_through_a
     assert same(weights(net.backbone[4]), frozen)
     assert [modes["backbone.4"] for modes in net.modes] == [False] * 4
     assert [modes["backbone.1"] for modes in net.modes] == [True] * 4
-
-
-def test_evaluation_runs_in_eval_mode_without_gradients_and_leaves_those_that_are_there(net):
-    flags = []
-
-    def step(module, batch):
-        flags.append((module.training, torch.is_grad_enabled()))
-        return classify(module, batch)
-
-    net.head.weight.grad = torch.ones_like(net.head.weight)
-    evaluate(net, accuracy(step=step))
-    assert set(flags) == {(False, False)}
-    assert torch.equal(net.head.weight.grad, torch.ones_like(net.head.weight))
-
-
-@pytest.mark.parametrize("data", [OLD, DataLoader(OLD, 7), DataLoader(OLD, 7, shuffle=True, drop_last=True)])
-def test_the_value_is_that_of_all_rows_however_they_are_batched(net, data):
-    assert evaluate(net, accuracy(data)) == pytest.approx(expected_accuracy(net), abs=1e-6)
-    assert evaluate(net, error(data)) == pytest.approx(expected_error(net), rel=1e-5)
-
-
-def test_an_evaluation_does_not_remember_the_one_before(net):
-    task = accuracy()
-    task.metric.update(torch.zeros(500, dtype=torch.long), torch.ones(500, dtype=torch.long))
-    assert evaluate(net, task) == evaluate(net, task) == pytest.approx(expected_accuracy(net), abs=1e-6)
 
 
 def test_the_drop_is_before_minus_after_and_turned_round_where_lower_is_better(fit, net):
@@ -179,14 +60,6 @@ def test_the_drop_is_before_minus_after_and_turned_round_where_lower_is_better(f
     assert measure.forgetting["e"] == pytest.approx(after[1] - before[1], abs=1e-5)
     assert float(trainer.callback_metrics["forgetting/e"]) == pytest.approx(after[1] - before[1], abs=1e-5)
     assert float(trainer.callback_metrics["retained/a"]) == pytest.approx(after[0], abs=1e-5)
-
-
-@pytest.mark.parametrize(("higher", "sign"), [(True, 1), (False, -1)])
-def test_the_direction_may_be_given_where_the_metric_does_not_say(higher, sign):
-    assert OldTask(OLD, MeanMetric(), regress, higher_is_better=higher).sign == sign
-    assert accuracy().sign == 1
-    assert error().sign == -1
-    assert OldTask(OLD, MeanSquaredError(), regress, higher_is_better=True).sign == 1
 
 
 def test_nothing_is_forgotten_while_nothing_learns(fit, net):
@@ -311,29 +184,6 @@ def test_a_copy_measures_the_same_before_and_after_a_fit(fit, twin):
     assert results[0] == results[1] == results[2]
 
 
-class Stream(IterableDataset):
-    def __iter__(self):
-        return iter(OLD)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"data": []}, "OldTask: data: the list is empty"),
-        ({"data": Stream()}, "OldTask: data: Stream has no length"),
-        ({"data": DataLoader(Stream(), 4)}, "OldTask: data: Stream has no length"),
-        ({"step": None}, r"OldTask: step=None must be a function of \(module, batch\)"),
-        ({"step": "classify"}, r"OldTask: step='classify' must be a function of \(module, batch\)"),
-        ({"step": lambda batch: batch}, r"OldTask: step=<function .* must be a function of \(module, batch\)"),
-        ({"metric": torch.mean}, "OldTask: metric=<built-in method mean .* must be a torchmetrics Metric"),
-        ({"metric": MeanMetric()}, "MeanMetric does not say whether higher is better. Pass higher_is_better="),
-    ],
-)
-def test_an_old_task_that_cannot_be_measured_is_refused_at_once(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        OldTask(**{"data": OLD, "metric": MeanSquaredError(), "step": regress, **arguments})
-
-
 @pytest.mark.parametrize(
     ("tasks", "options", "message"),
     [
@@ -354,40 +204,10 @@ def test_bad_arguments_are_refused_at_once(tasks, options, message):
         ForgettingEvaluation({"old": error()} if tasks is None else tasks, **options)
 
 
-class Both(Metric):
-    """A metric of two numbers."""
-
-    higher_is_better = True
-
-    def update(self, first, second):
-        pass
-
-    def compute(self):
-        return torch.ones(2)
-
-
-@pytest.mark.parametrize(
-    ("task", "message"),
-    [
-        (
-            OldTask(OLD, MeanSquaredError(), lambda module, batch: None),
-            "the step of 'old' returned None; it must return",
-        ),
-        (
-            OldTask(OLD, MeanSquaredError(), lambda module, batch: module(batch[0])),
-            "the step of 'old' .*MeanSquaredError.update",
-        ),
-        (
-            OldTask(OLD, MeanSquaredError(), lambda module, batch: (module(batch[0]), batch[1])),
-            "the step of 'old' .*MeanSquaredError.update",
-        ),
-        (OldTask(OLD, Both(), regress), "Both of 'old' gives 2 values; it must give one number"),
-    ],
-    ids=["nothing", "too few", "shapes", "two numbers"],
-)
-def test_a_step_that_the_metric_cannot_use_is_refused_before_the_first_step(fit, net, task, message):
+def test_a_step_that_the_metric_cannot_use_is_refused_before_the_first_step(fit, net):
     start, watch = weights(net), Watch()
-    with pytest.raises(ValueError, match=f"ForgettingEvaluation: .*{message}|ForgettingEvaluation: {message}"):
+    task = OldTask(OLD, MeanSquaredError(), lambda module, batch: None)
+    with pytest.raises(ValueError, match="OldTask: the step of 'old' returned None"):
         fit(net, ForgettingEvaluation({"old": task}), watch)
     assert watch.steps == []
     assert same(weights(net), start)
