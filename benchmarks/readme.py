@@ -1,8 +1,9 @@
-"""Put the tables of benchmarks/results into README.md, and draw its picture from the same figures."""
+"""Put the tables of benchmarks/results and docs into README.md, and draw its picture from the same figures."""
 
 from __future__ import annotations
 
 import csv
+import itertools
 import re
 import statistics
 from pathlib import Path
@@ -11,6 +12,17 @@ from lightning_peft.recipes.sentiment import SKILLS
 from lightning_peft.reporting import plot_learned_forgotten
 
 RESULTS = Path("benchmarks/results")
+DOCS = Path("docs")
+
+
+def table(name: str) -> str:
+    """Return a table as README shows it: a file of results whole, of a page in docs its first table."""
+    file = RESULTS / f"{name}.md"
+    if file.is_file():
+        return file.read_text().strip()
+    lines = (DOCS / f"{name}.md").read_text().splitlines()
+    first = next(number for number, line in enumerate(lines) if line.startswith("|"))
+    return "\n".join(itertools.takewhile(lambda line: line.startswith("|"), lines[first:]))
 
 
 def main() -> None:
@@ -18,9 +30,8 @@ def main() -> None:
     readme = Path("README.md")
     text = readme.read_text()
     for name in re.findall(r"<!-- table: (\w+) -->", text):
-        table = (RESULTS / f"{name}.md").read_text().strip()
         pattern = rf"(<!-- table: {name} -->\n).*?(<!-- end -->)"
-        text = re.sub(pattern, lambda found, table=table: f"{found[1]}{table}\n{found[2]}", text, flags=re.DOTALL)
+        text = re.sub(pattern, lambda found, name=name: f"{found[1]}{table(name)}\n{found[2]}", text, flags=re.DOTALL)
     readme.write_text(text)
     rows: dict[str, list[dict[str, str]]] = {}
     with (RESULTS / "sentiment.csv").open(newline="") as stream:

@@ -1,5 +1,6 @@
 """The README's code runs as it stands, and its tables are the ones that the scripts wrote."""
 
+import importlib.util
 import re
 import sys
 import types
@@ -47,9 +48,14 @@ def test_the_three_lines_classify_and_the_fourth_exports(suite_run, monkeypatch,
 
 
 @pytest.mark.parametrize("name", re.findall(r"<!-- table: (\w+) -->", README))
-def test_the_tables_are_what_the_scripts_wrote(name):
+def test_the_tables_are_what_the_scripts_wrote(name, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    spec = importlib.util.spec_from_file_location("benchmark_readme", ROOT / "benchmarks" / "readme.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
     shown = re.search(rf"<!-- table: {name} -->\n(.*?)<!-- end -->", README, re.DOTALL)[1]
-    assert shown.strip() == (ROOT / "benchmarks" / "results" / f"{name}.md").read_text().strip()
+    assert shown.strip() == script.table(name)
+    assert shown.count("\n|") >= 4
 
 
 def test_every_link_leads_somewhere():
