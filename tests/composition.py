@@ -160,6 +160,8 @@ def cell(module: str, callback: str, feature: str, folder: Path) -> str:
     assert all(value.isfinite().all() for value in end.values())
     if all(torch.equal(end[name], start.get(name, end[name])) for name in end):
         return "nothing moved"
+    if dist.is_initialized() and not as_on_the_first_process(end):
+        return "differs between the processes"
     given, resumed = build(module, feature)
     again = fit(given, [CALLBACKS[callback](), every_epoch(folder)], feature, ckpt_path=folder / "epoch=0.ckpt")
     if not same(weights(resumed), end):
@@ -167,6 +169,13 @@ def cell(module: str, callback: str, feature: str, folder: Path) -> str:
     if again.global_step != trainer.global_step:
         return f"{again.global_step} steps after a resume, {trainer.global_step} whole"
     return "exact"
+
+
+def as_on_the_first_process(found: dict[str, torch.Tensor]) -> bool:
+    own = torch.cat([value.flatten() for value in found.values()])
+    first = own.clone()
+    dist.broadcast(first, 0)
+    return torch.equal(own, first)
 
 
 def all_cells(pairs: list[tuple[str, str, str]], folder: Path) -> dict[str, str]:
