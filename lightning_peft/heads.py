@@ -17,7 +17,7 @@ def output_layer(module: nn.Module, head: str, *, owner: str = "output_layer") -
         owner: Who asks; the error message begins with it.
 
     Raises:
-        ValueError: If the name is unknown, or the head holds no linear layer.
+        ValueError: If the name is unknown, the head holds no linear layer, or its weight is another module's too.
 
     >>> output_layer(nn.ModuleDict({"head": nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))}), "head")
     Linear(in_features=4, out_features=2, bias=True)
@@ -33,7 +33,18 @@ def output_layer(module: nn.Module, head: str, *, owner: str = "output_layer") -
             f"{owner}: head={head!r} ({type(modules[head]).__name__}) holds no linear layer. Name the module that "
             "turns features into outputs."
         )
-    return linear[-1]
+    layer = linear[-1]
+    shared = [
+        name
+        for name, child in modules.items()
+        if child is not layer and child._parameters.get("weight") is layer.weight
+    ]
+    if shared:
+        raise ValueError(
+            f"{owner}: head={head!r} shares its weight with {shared}, so zeroing it would wreck what is pretrained. Name a "
+            "head that is new."
+        )
+    return layer
 
 
 @torch.no_grad()

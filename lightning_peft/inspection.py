@@ -134,7 +134,7 @@ def advice(model: nn.Module) -> list[str]:
         lines.append("Schedules take globs over parameter names: those above and .weight, .bias or .*")
         try:
             lines.append(
-                f"Adapters go on backbone={find_backbone(model, LoRA(rank=1))!r}; their globs begin inside it."
+                f"Adapters go on backbone={find_backbone(model, LoRA(rank=1), owner='inspect')!r}; their globs begin inside it."
             )
         except ValueError as error:
             return [*lines, str(error)]

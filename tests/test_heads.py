@@ -31,6 +31,14 @@ def test_a_head_without_a_linear_layer_is_refused(net, head):
         output_layer(net, head)
 
 
+def test_a_head_that_shares_its_weight_with_an_embedding_is_refused(net):
+    net.embed, net.head = nn.Embedding(9, 8), nn.Linear(8, 9)
+    assert output_layer(net, "head") is net.head
+    net.head.weight = net.embed.weight
+    with pytest.raises(ValueError, match=r"Caller: head='head' shares its weight with \['embed'\], so zeroing it"):
+        output_layer(net, "head", owner="Caller")
+
+
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_zeroed_layer_gives_zeros_and_sends_no_gradient_back_but_learns(bias):
     layer = nn.Linear(8, 3, bias=bias)

@@ -80,8 +80,7 @@ class LoRA(Adapter):
     @override
     def insert(self, model: nn.Module, name: str) -> list[str]:
         layers = self.select(model)
-        for layer_name, layer in layers.items():
-            self._check(layer_name, layer)
+        self._check(layers)
         for layer in layers.values():
             LoRALinear.adapt(layer, self, name)
         return [f"{layer}.{matrix}.{name}".lstrip(".") for layer in layers for matrix in ("lora_A", "lora_B")]
@@ -126,16 +125,21 @@ class LoRA(Adapter):
                 )
         return layers
 
-    def _check(self, name: str, layer: nn.Linear) -> None:
-        if type(layer) not in (nn.Linear, NonDynamicallyQuantizableLinear):
+    def _check(self, layers: Mapping[str, nn.Linear]) -> None:
+        for name, layer in layers.items():
+            if type(layer) not in (nn.Linear, NonDynamicallyQuantizableLinear):
+                raise ValueError(
+                    f"LoRA: {name!r} is a {type(layer).__name__}, a subclass of nn.Linear with behaviour of its own. "
+                    "Leave it out with exclude=."
+                )
+        sizes = {name: (layer.in_features, layer.out_features) for name, layer in layers.items()}
+        small = {
+            name: f"{name!r} ({wide} -> {high})" for name, (wide, high) in sizes.items() if self.rank > min(wide, high)
+        }
+        if small:
             raise ValueError(
-                f"LoRA: {name!r} is a {type(layer).__name__}, a subclass of nn.Linear with behaviour of its own. "
-                "Leave it out with exclude=."
-            )
-        if self.rank > min(layer.in_features, layer.out_features):
-            raise ValueError(
-                f"LoRA: rank={self.rank} is above the size of {name!r} ({layer.in_features} -> {layer.out_features}). "
-                "Lower the rank, or leave the layer out with exclude=."
+                f"LoRA: rank={self.rank} is above the size of {', '.join(small.values())}. "
+                f"Lower the rank, or leave out with exclude={list(small)}."
             )
 
 

@@ -1,5 +1,6 @@
 """LoRA: laws of the layer, choice of targets, PEFT as the oracle."""
 
+import ast
 import copy
 import pickle
 
@@ -133,6 +134,14 @@ def test_a_weight_that_belongs_to_another_module_too_is_refused():
     with pytest.raises(ValueError, match=r"\['0', '2'\] share their weight with other modules"):
         add_adapter(model, LoRA(rank=2))
     assert list(LoRA(rank=2, exclude=["0", "2"]).select(model)) == ["3"]
+
+
+def test_all_layers_below_the_rank_are_named_at_once_and_the_cure_can_be_copied():
+    net = nn.Sequential(nn.Linear(1, 8), nn.Linear(8, 8), nn.Linear(8, 2))
+    with pytest.raises(ValueError, match=r"size of '0' \(1 -> 8\), '2' \(8 -> 2\)\. .* exclude=\['0', '2'\]") as error:
+        add_adapter(net, LoRA(rank=4))
+    cure = str(error.value).rpartition("exclude=")[2].rstrip(".")
+    assert add_adapter(net, LoRA(rank=4, exclude=ast.literal_eval(cure)))
 
 
 def test_all_linear_leaves_an_output_embedding_that_is_tied_to_the_input_s_as_it_is():
