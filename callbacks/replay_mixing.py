@@ -91,7 +91,13 @@ class ReplayMixing(pl.Callback):
         )
         if plan.steps == 0:
             raise ValueError(f"{_OWNER}: {plan.new} rows fill no batch of {plan.batch} under drop_last=True.")
-        self._try_collate(loader, [cast("Any", loader.dataset)[0], self._first_old()])
+        new = cast("Any", loader.dataset)[0]
+        if error := _collate_error(loader, [new]):
+            raise ValueError(
+                f"{_OWNER}: the training loader cannot put its own rows into a batch ({error}). Give it the collate_fn "
+                "that they need."
+            )
+        self._try_memory(loader, [new])
         return MixLoader(loader, self.rows, plan)
 
     @override
@@ -276,7 +282,7 @@ class ReplayMixing(pl.Callback):
     def _beside_loader(self, trainer: pl.Trainer, plan: BesidePlan) -> DataLoader[Any]:
         loader = self.loader or cast("DataLoader[Any]", trainer.train_dataloader)
         options = carried_options(loader) if self.loader else {"collate_fn": loader.collate_fn}
-        self._try_collate(loader, [self._first_old()])
+        self._try_memory(loader, [])
         return DataLoader(
             self.rows,
             batch_sampler=BesideSampler(plan, self.epoch, self.step, trainer.global_rank),
@@ -284,19 +290,23 @@ class ReplayMixing(pl.Callback):
             **options,
         )
 
-    def _first_old(self) -> Any:
-        return cast("Any", self.rows)[0]
+    def _try_memory(self, loader: DataLoader[Any], beside: list[Any]) -> None:
+        old = cast("Any", self.rows)[0]
+        if error := _collate_error(loader, [*beside, old]):
+            raise ValueError(
+                f"{_OWNER}: the first row of the memory, {old!r:.200}, cannot be put into a batch by the collate function "
+                f"({error}). Old rows must look like the training rows, or come as a loader with a collate_fn of its own "
+                "for replay_step."
+            ) from error
 
-    def _try_collate(self, loader: DataLoader[Any], rows: list[Any]) -> None:
-        with torch.random.fork_rng(devices=[]):
-            try:
-                loader.collate_fn(rows)
-            except Exception as error:
-                raise ValueError(
-                    f"{_OWNER}: the first row of the memory, {rows[-1]!r:.200}, cannot be put into a batch by the "
-                    f"collate function ({error}). Old rows must look like the training rows, or come as a loader with "
-                    "a collate_fn of its own for replay_step."
-                ) from error
+
+def _collate_error(loader: DataLoader[Any], rows: list[Any]) -> Exception | None:
+    with torch.random.fork_rng(devices=[]):
+        try:
+            loader.collate_fn(rows)
+        except Exception as error:
+            return error
+    return None
 
 
 def _loader_owner(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Any:

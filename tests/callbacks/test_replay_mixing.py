@@ -447,6 +447,10 @@ def beside_with_loader(loader) -> Counting:
         ),
         (lambda: with_loader(DataLoader(Stream(), 4)), "training data: Stream has no length"),
         (lambda: with_loader([numbered(8)]), "train_dataloader returned a list"),
+        (
+            lambda: with_loader(DataLoader([(0, None)] * 8, 4)),
+            "the training loader cannot put its own rows into a batch .*NoneType.* Give it the collate_fn",
+        ),
         (lambda: with_loader(DataLoader(numbered(4), 6, drop_last=True)), "4 rows fill no batch of 6 under drop_last"),
         (lambda: beside_with_loader(DataLoader(numbered(8), None)), "DataLoader without a fixed batch_size"),
         (
@@ -454,7 +458,18 @@ def beside_with_loader(loader) -> Counting:
             "the first row of the memory, .* cannot be put into a batch .*Old rows must look like the training rows",
         ),
     ],
-    ids=["no mixin", "no step", "manual", "sampler", "stream", "list", "drop_last", "beside unbatched", "collate"],
+    ids=[
+        "no mixin",
+        "no step",
+        "manual",
+        "sampler",
+        "stream",
+        "list",
+        "own rows",
+        "drop_last",
+        "beside unbatched",
+        "collate",
+    ],
 )
 def test_what_cannot_be_replayed_is_refused_before_the_first_step(fit, make, message):
     net = make()
