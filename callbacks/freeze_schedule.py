@@ -148,16 +148,19 @@ class FreezeSchedule(pl.Callback):
 
     @override
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self._advance(trainer):
-            self._apply(trainer, pl_module)
+        self._move_on(trainer, pl_module)
 
     @override
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         # global_step moves with the optimizer only, so a steps phase never ends among accumulated gradients.
-        if self.phases[self.number].steps is not None and self._advance(trainer):
-            self._apply(trainer, pl_module)
+        if self.phases[self.number].steps is not None:
+            self._move_on(trainer, pl_module)
+
+    @override
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._log(trainer, pl_module, self.number)  # the last tread of the staircase is as long as its phase
 
     @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -214,12 +217,22 @@ class FreezeSchedule(pl.Callback):
             self.number += 1
         return self.number != before
 
+    def _move_on(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        before = self.number
+        if self._advance(trainer):
+            self._log(trainer, pl_module, before, trainer.global_step - 1)  # the riser of the staircase
+            self._apply(trainer, pl_module)
+
     def _apply(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if set_trainable(pl_module, self._chosen(self.number, pl_module)):
             rewrap(trainer, pl_module)
         count = trainable_count(pl_module)
         rank_zero_info(f"{_OWNER}: phase {self.number} at step {trainer.global_step}: {count:,} numbers train.")
-        log_values(trainer, {"schedule/phase": self.number, "schedule/trainable_parameters": count})
+        self._log(trainer, pl_module, self.number)
+
+    def _log(self, trainer: pl.Trainer, pl_module: pl.LightningModule, number: int, step: int | None = None) -> None:
+        count = trainable_count(pl_module)
+        log_values(trainer, {"schedule/phase": number, "schedule/trainable_parameters": count}, step=step)
 
     def _give_back(self, pl_module: pl.LightningModule) -> None:
         """Leave the flags as they were found, so that the next fit chooses among the same parameters."""

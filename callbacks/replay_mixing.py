@@ -10,12 +10,13 @@ from typing import Any, cast
 import lightning.pytorch as pl
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_info
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from typing_extensions import override
 
 from lightning_peft.data.mix_loader import BesideSampler, MixLoader, Rows, carried_options, row_count, shuffles
 from lightning_peft.data.mix_plan import BesidePlan, MemoryStream, MixPlan, exact
-from lightning_peft.logging import register_chart
+from lightning_peft.logging import log_values, register_chart
 from lightning_peft.mixins import ReplayMixin
 from lightning_peft.one_lightning import refuse_pytorch_lightning
 
@@ -178,12 +179,21 @@ class ReplayMixing(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self.step += 1
-        old, total = self.drawn()
-        pl_module.log("replay/ratio", old / total, on_step=True, on_epoch=False)
-        if isinstance(pl_module, ReplayMixin) and pl_module.replay_loss is not None:
-            pl_module.log("replay/loss", pl_module.replay_loss, on_step=True, on_epoch=False)
+        pl_module.log_dict(self._values(pl_module), on_step=True, on_epoch=False)
         if self.step == self._plan().steps:
             self.epoch, self.step = self.epoch + 1, 0
+
+    @override
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # Past log_every_n_steps, so that a short run has a curve too.
+        log_values(trainer, {key: float(value) for key, value in self._values(pl_module).items()})
+
+    def _values(self, pl_module: pl.LightningModule) -> dict[str, float | Tensor]:
+        old, total = self.drawn()
+        values: dict[str, float | Tensor] = {"replay/ratio": old / total}
+        if isinstance(pl_module, ReplayMixin) and pl_module.replay_loss is not None:
+            values["replay/loss"] = pl_module.replay_loss
+        return values
 
     def drawn(self) -> tuple[int, int]:
         """Return how many old rows, and how many rows in all, the run has drawn so far over all processes."""

@@ -43,14 +43,15 @@ def check_key(key: str) -> str:
     return key
 
 
-def log_values(trainer: pl.Trainer, values: Mapping[str, float]) -> None:
-    """Send values to every logger of a trainer at the present step, and to ``callback_metrics`` for ``monitor=``.
+def log_values(trainer: pl.Trainer, values: Mapping[str, float], *, step: int | None = None) -> None:
+    """Send values to every logger of a trainer, and to ``callback_metrics`` for ``monitor=``.
 
     They go past ``LightningModule.log``, which would hold them back to every ``log_every_n_steps`` steps.
 
     Args:
         trainer: A trainer with any number of loggers, also none.
         values: Numbers by key.
+        step: The optimizer step that they belong to; unset, the present one.
 
     Raises:
         ValueError: For a key that does not follow the grammar.
@@ -59,7 +60,7 @@ def log_values(trainer: pl.Trainer, values: Mapping[str, float]) -> None:
         check_key(key)
     _write_layout(trainer)
     for logger in trainer.loggers:
-        logger.log_metrics(dict(values), step=trainer.global_step)
+        logger.log_metrics(dict(values), step=trainer.global_step if step is None else step)
     trainer.callback_metrics.update({key: torch.tensor(value) for key, value in values.items()})
 
 

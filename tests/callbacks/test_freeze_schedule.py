@@ -7,6 +7,8 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import TensorBoardLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lightning_peft import LoRA, LoRAMixin
 from lightning_peft.callbacks import FreezeSchedule, Phase
@@ -229,10 +231,12 @@ def test_a_checkpoint_of_a_longer_schedule_is_refused(net, fit, tmp_path):
         fit(Toy(), FreezeSchedule([Phase(["*"])]), ckpt_path=tmp_path / "net.ckpt", steps=4)
 
 
-def test_the_phase_is_logged(net, fit, tmp_path):
-    from lightning.pytorch.loggers import CSVLogger
-
-    fit(net, FreezeSchedule.head_first("head", steps=2), logger=CSVLogger(tmp_path, name="", version=""))
-    text = (tmp_path / "metrics.csv").read_text()
-    assert "schedule/trainable_parameters" in text
-    assert "schedule/phase" in text
+def test_the_log_is_a_staircase_with_a_riser_at_each_change_and_a_tread_to_the_end(net, fit, tmp_path):
+    phases = [Phase(["head.*"], steps=2), Phase(["*"], epochs=1), Phase(["head.*"])]
+    fit(net, FreezeSchedule(phases), epochs=2, logger=TensorBoardLogger(tmp_path, name="", version=""))
+    log = EventAccumulator(str(tmp_path)).Reload()
+    drawn = [(event.step, int(event.value)) for event in log.Scalars("schedule/phase")]
+    assert drawn == [(0, 0), (1, 0), (2, 1), (3, 1), (4, 2), (8, 2)]
+    head, whole = (sum(p.numel() for p in part.parameters()) for part in (net.head, net))
+    counts = [int(event.value) for event in log.Scalars("schedule/trainable_parameters")]
+    assert counts == [head, head, whole, whole, head, head]

@@ -8,6 +8,8 @@ from fractions import Fraction
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.loggers import TensorBoardLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.nn.functional import cross_entropy, mse_loss
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset, WeightedRandomSampler
 
@@ -377,6 +379,14 @@ def test_trying_the_collate_function_takes_no_number_from_the_generator_of_the_r
     state = torch.get_rng_state()
     ReplayMixing(memory(), 0.25).mix(DataLoader(numbered(24), 6, collate_fn=random_collate))
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize(("net", "keys"), [(Counting, ["ratio"]), (Rehearsing, ["ratio", "loss"])])
+def test_a_run_shorter_than_the_logging_interval_has_its_curves(fit, tmp_path, net, keys):
+    fit(net(), ReplayMixing(memory(), 0.25), epochs=2, logger=TensorBoardLogger(tmp_path, name="", version=""))
+    log = EventAccumulator(str(tmp_path)).Reload()
+    for key in keys:
+        assert len(log.Scalars(f"replay/{key}")) == 2
 
 
 def test_the_length_of_an_epoch_is_printed_at_the_start(fit, monkeypatch):
