@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, cast
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from typing_extensions import override
 
 from lightning_peft.logging import log_values, register_chart
@@ -22,9 +22,9 @@ class ForgettingEvaluation(pl.Callback):
 
     ``retained/<name>`` is the task's value; ``forgetting/<name>`` is the drop since before training, ``before - after``
     (``after - before`` where lower is better), never clipped: below zero the task has improved. Measured before the
-    first step, every so many epochs or steps, and after the last. Training is bit-identical with and without it. Where a
-    ``WeightAveraging`` callback averages the weights, the averaged ones are measured, as Lightning does in validation:
-    they are what remains.
+    first step, every so many epochs or steps, and after the last. Training is bit-identical with and without it. Once a
+    ``WeightAveraging`` callback has begun to average the weights, the averaged ones are measured: they are what remains.
+    The last value is always of the weights that training ends with.
 
     Args:
         tasks: Old tasks by name.
@@ -38,8 +38,8 @@ class ForgettingEvaluation(pl.Callback):
     def __init__(
         self, tasks: Mapping[str, OldTask], *, every_n_epochs: int | None = None, every_n_steps: int | None = None
     ) -> None:
-        if not tasks:
-            raise ValueError(f"{_OWNER}: tasks={tasks!r} is empty; give at least one OldTask by name.")
+        if not tasks or "" in tasks:
+            raise ValueError(f"{_OWNER}: tasks={tasks!r} must be at least one OldTask, each with a name.")
         for name, task in tasks.items():
             if not isinstance(task, OldTask):
                 raise ValueError(
@@ -95,7 +95,7 @@ class ForgettingEvaluation(pl.Callback):
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.global_step != self._measured_at:
+        if trainer.global_step != self._measured_at or _movers(trainer):  # which put other weights in, just before this
             self._measure(trainer, pl_module)
 
     @override
@@ -136,10 +136,15 @@ def _forward_context(trainer: pl.Trainer) -> AbstractContextManager[Any]:
 
 def _come_first(trainer: pl.Trainer, callback: pl.Callback) -> None:
     """Put a callback before those that look at its values, such as EarlyStopping, and behind those that move weights."""
-    found = cast("Any", trainer)
-    movers = [other for other in found.callbacks if isinstance(other, WeightAveraging)]
+    found, movers = cast("Any", trainer), _movers(trainer)
     others = [other for other in found.callbacks if other is not callback and other not in movers]
     found.callbacks = [*movers, callback, *others]
+
+
+def _movers(trainer: pl.Trainer) -> list[pl.Callback]:
+    """Return the callbacks that end training with other weights than its last step's."""
+    kinds = WeightAveraging, StochasticWeightAveraging
+    return [callback for callback in cast("Any", trainer).callbacks if isinstance(callback, kinds)]
 
 
 @contextmanager

@@ -25,7 +25,7 @@ class ZeroInitHead(pl.Callback):
             zeroed: zeroing all of them would stop learning for good.
 
     Raises:
-        ValueError: At ``setup``, if the name is unknown or holds no linear layer.
+        ValueError: Before training, if the name is unknown, holds no linear layer, or that layer is frozen.
     """
 
     def __init__(self, head: str = "head") -> None:
@@ -41,3 +41,11 @@ class ZeroInitHead(pl.Callback):
         if self.head not in dict(pl_module.named_modules()):
             pl_module.configure_model()  # a network that is built there; Lightning asks for it to be idempotent
         zero_init(output_layer(pl_module, self.head, owner="ZeroInitHead"))
+
+    @override
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not output_layer(pl_module, self.head, owner="ZeroInitHead").weight.requires_grad:
+            raise ValueError(
+                f"ZeroInitHead: the weight of head={self.head!r} is frozen, so it would stay zero and pass no gradient on. "
+                "Keep the head outside the backbone that an adapter freezes, or leave ZeroInitHead out."
+            )

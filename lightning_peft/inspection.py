@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import functools
+import glob
 import importlib
+import itertools
 import sys
 from collections.abc import Iterator
+from fnmatch import fnmatchcase
 from typing import Any
 
 import lightning.pytorch as pl
@@ -14,10 +18,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.tree import Tree
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from lightning_peft.adapters import LoRA
-from lightning_peft.adapters.backbone import WHOLE, find_backbone, prefix_of, submodule
+from lightning_peft.adapters.backbone import WHOLE, find_backbone, parameter_count, prefix_of, submodule
 from lightning_peft.adapters.lora import linear_layers
+from lightning_peft.mixins.adapter_mixin import AdapterMixin
 
 
 def model_tree(model: nn.Module, *, name: str = "") -> Tree:
@@ -34,20 +40,56 @@ def model_tree(model: nn.Module, *, name: str = "") -> Tree:
         chosen = {prefix_of(path) + name for name in LoRA(rank=1).select(submodule(model, path) or model)}
     except ValueError:
         chosen = set()
-    tree = Tree(f"[bold]{escape(name or type(model).__name__)}[/]  {_count(model):,} parameters")
-    _grow(tree, model, "", "", chosen)
+    leaves = [name for name, module in model.named_modules() if name and _is_leaf(module)]
+    tree = Tree(f"[bold]{escape(name or type(model).__name__)}[/]  {parameter_count(model):,} parameters")
+    _grow(tree, model, [], leaves, chosen)
     return tree
 
 
-def _grow(tree: Tree, module: nn.Module, path: str, glob: str, chosen: set[str]) -> None:
+def _grow(tree: Tree, module: nn.Module, above: list[list[str]], leaves: list[str], chosen: set[str]) -> None:
     for names, child in _alike(module):
-        label, step = (names[0], names[0]) if len(names) == 1 else (f"{names[0]}-{names[-1]}", "*")
-        here, pattern = f"{path}{names[0]}", f"{glob}{step}"
-        text = f"{label}  [dim]{type(child).__name__}[/] {_shape(child)} {_count(child) * len(names):,}"
-        leaf = not any(child.children())
-        if leaf and _count(child):
-            text += f"  [cyan]{escape(pattern)}[/]" + ("  [green]LoRA[/]" if here in chosen else "")
-        _grow(tree.add(text), child, f"{here}.", f"{pattern}.", chosen)
+        path = [*above, names]
+        label = names[0] if len(names) == 1 else f"{names[0]}-{names[-1]}"
+        text = (
+            f"{escape(label)}  [dim]{type(child).__name__}[/] {_shape(child)} {parameter_count(child) * len(names):,}"
+        )
+        if _is_leaf(child) and any(True for _ in child.parameters()):
+            here = ".".join(step[0] for step in path)
+            text += f"  [cyan]{escape(', '.join(globs_of(path, leaves)))}[/]" + (
+                "  [green]LoRA[/]" if here in chosen else ""
+            )
+        _grow(tree.add(text), child, path, leaves, chosen)
+
+
+def _is_leaf(module: nn.Module) -> bool:
+    return not any(module.children())
+
+
+def globs_of(path: list[list[str]], leaves: list[str]) -> list[str]:
+    """Return the fewest globs that select certain layers and no other.
+
+    Args:
+        path: At each level of the tree the name, or the names of neighbours that look the same.
+        leaves: The names of all layers.
+
+    >>> globs_of([["layer"], ["0", "1"], ["q"]], ["layer.0.q", "layer.1.q", "layer.1.k"])
+    ['layer.*.q']
+    >>> globs_of([["layer"], ["0", "1"], ["q"]], ["layer.0.q", "layer.1.q", "layer.2.q"])
+    ['layer.[0-1].q']
+    """
+    meant = {".".join(names) for names in itertools.product(*path)}
+    wide = ".".join("*" if len(names) > 1 else glob.escape(names[0]) for names in path)
+    if {name for name in leaves if fnmatchcase(name, wide)} <= meant:
+        return [wide]
+    return [".".join(steps) for steps in itertools.product(*map(_ranges, path))]
+
+
+def _ranges(names: list[str]) -> list[str]:
+    """Return globs for numbers: 8 to 11 are ``[8-9]`` and ``1[0-1]``."""
+    if len(names) == 1:
+        return [glob.escape(names[0])]
+    tens = itertools.groupby(names, key=lambda name: name[:-1])
+    return [f"{ten}[{(ends := [name[-1] for name in found])[0]}-{ends[-1]}]" for ten, found in tens]
 
 
 def _alike(module: nn.Module) -> Iterator[tuple[list[str], nn.Module]]:
@@ -67,16 +109,17 @@ def _alike(module: nn.Module) -> Iterator[tuple[list[str], nn.Module]]:
 
 def _form(module: nn.Module) -> list[tuple[str, str, tuple[int, ...]]]:
     kinds = [(name, type(child).__name__, ()) for name, child in module.named_modules()]
-    return kinds + [(name, "", tuple(value.shape)) for name, value in module.named_parameters()]
+    return kinds + [
+        (name, "", () if is_lazy(value) else tuple(value.shape)) for name, value in module.named_parameters()
+    ]
 
 
 def _shape(module: nn.Module) -> str:
-    shapes = [f"{name} {'x'.join(map(str, value.shape))}" for name, value in module.named_parameters(recurse=False)]
+    shapes = [
+        f"{name} {'lazy' if is_lazy(value) else 'x'.join(map(str, value.shape))}"
+        for name, value in module.named_parameters(recurse=False)
+    ]
     return escape(f"({', '.join(shapes)})") if shapes else ""
-
-
-def _count(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def load_model(model: str) -> nn.Module:
@@ -93,7 +136,12 @@ def load_model(model: str) -> nn.Module:
         module, _, attribute = model.partition(":")
         sys.path.insert(0, "")  # the user's own modules, as python -m would find them
         try:
-            made: Any = getattr(importlib.import_module(module), attribute)()
+            found: Any = functools.reduce(getattr, attribute.split("."), importlib.import_module(module))
+            made = found()
+            if isinstance(made, AdapterMixin):
+                made.adapter = None  # what an adapter would find
+            if isinstance(made, pl.LightningModule):
+                made.configure_model()
         except Exception as error:
             raise ValueError(
                 f"inspect: {model!r} cannot be made ({type(error).__name__}: {error}). Name a class or a function that "
@@ -101,8 +149,6 @@ def load_model(model: str) -> nn.Module:
             ) from error
         if not isinstance(made, nn.Module):
             raise ValueError(f"inspect: {model!r} gives a {type(made).__name__}; it must give an nn.Module.")
-        if isinstance(made, pl.LightningModule):
-            made.configure_model()
         return made
     from transformers import AutoConfig, AutoModel  # noqa: PLC0415 - slow to import
 
@@ -121,6 +167,8 @@ def adapted_path(model: nn.Module) -> str:
     """Return the name of what adapters would be put on: of a LightningModule its backbone, else the network itself."""
     if not isinstance(model, pl.LightningModule):
         return WHOLE
+    if isinstance(model, AdapterMixin) and model.backbone_name:
+        return model.backbone_name
     try:
         return find_backbone(model, LoRA(rank=1))
     except ValueError:

@@ -223,8 +223,9 @@ HEADING = f"""# Projects that nobody here wrote
 LightningModules out of packages, their files untouched. Each project's script runs as it was and with the library, from the
 same weights on the same rows. *Result* is before training → without / with the library, mean ± standard deviation over seeds
 {list(SEEDS)}; n counts what is measured, held out from training: images, characters, words, predicted values, rows.
-Made by `python -m tests.adoption docs/adoption.md`; the scripts stand in `tests/adoption.py`, the data in `tests/projects.py`,
-and the tests run them.
+cph-imgclassification and lightning-gpt are imported without their `__init__`, which ask for torchvision and lightning.app;
+the modules tried here need neither. Made by `python -m tests.adoption docs/adoption.md`; the scripts stand in
+`tests/adoption.py`, the data in `tests/projects.py`, and the tests run them.
 
 | module | kind | technique | changed lines | result | trainable at the end |
 |---|---|---|---|---|---|

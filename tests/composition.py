@@ -32,6 +32,8 @@ from lightning_peft import FullFinetuneMixin, LinearProbeMixin, LoRA, LoRAMixin,
 from lightning_peft.callbacks import ForgettingEvaluation, FreezeSchedule, OldTask, ReplayMixing, ZeroInitHead
 from lightning_peft.distributed import rank, world_size
 from lightning_peft.files import write_text
+from lightning_peft.logging import FAMILIES
+from lightning_peft.old_task import evaluate
 from tests.toy import Toy, rows, same, weights
 
 ROOT = Path(__file__).parents[1]
@@ -143,6 +145,52 @@ def every_epoch(folder: Path) -> ModelCheckpoint:
     return ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1, every_n_epochs=1)
 
 
+class Witness(pl.Callback):
+    """Sees from outside whether a callback and a mixin do what they are there for."""
+
+    def __init__(self, module: str, callback: str) -> None:
+        self.module, self.watched = module, CALLBACKS[callback]()
+        self.trained: set[str] | None = None
+        self.drawn = 0
+
+    def on_train_start(self, trainer, pl_module) -> None:
+        self.zero_head = not pl_module.head.weight.any()
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
+        if self.trained is None:
+            self.trained = {name for name, parameter in pl_module.named_parameters() if parameter.requires_grad}
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+        if isinstance(self.watched, ReplayMixing):
+            self.drawn = self.watched.drawn()[0]
+
+    def idle(self, net: Plain, start: dict[str, torch.Tensor]) -> list[str]:
+        """Return who did nothing in a run that began with the weights ``start``."""
+        end = weights(net)
+        moved = {name for name, value in start.items() if not torch.equal(end[name], value)}
+        base_moved = any(name.startswith("backbone") for name in moved)
+        up = [value for name, value in end.items() if "lora_B" in name]
+        done = {
+            "head": any(name.startswith("head") for name in moved),
+            "LoRA": not base_moved and len(up) == 2 and all(value.any() for value in up),
+            "LinearProbeMixin": not base_moved,
+            "whole network": base_moved,
+            "ReplayMixin": net.replay_loss is not None if self.drawn and isinstance(net, ReplayMixin) else True,
+            "ZeroInitHead": self.zero_head,
+            "FreezeSchedule": self.trained == {"head.weight", "head.bias"},
+            "ReplayMixing": self.drawn > 0,
+            "ForgettingEvaluation": getattr(self.watched, "after", {}) == {"old": evaluate(net, old_task())},
+        }
+        of_module = {"LoRAMixin": "LoRA", "adapted": "LoRA", "LinearProbeMixin": "LinearProbeMixin"}
+        expected = ["head", of_module.get(self.module, "whole network"), "ReplayMixin", type(self.watched).__name__]
+        return [name for name in expected if not done[name]]
+
+
+def ours(trainer: pl.Trainer) -> dict[str, float]:
+    """Return what was logged last under our keys."""
+    return {key: value.item() for key, value in trainer.callback_metrics.items() if key.partition("/")[0] in FAMILIES}
+
+
 def cell(module: str, callback: str, feature: str, folder: Path) -> str:
     """Train a combination whole and in two parts; return what became of it.
 
@@ -150,24 +198,37 @@ def cell(module: str, callback: str, feature: str, folder: Path) -> str:
         Exception: Whatever a run raises after it has begun to train.
     """
     given, whole = build(module, feature)
-    start = weights(whole)
+    start, seen = weights(whole), Witness(module, callback)
     try:
-        trainer = fit(given, [CALLBACKS[callback](), every_epoch(folder)], feature)
+        trainer = fit(given, [seen.watched, seen, every_epoch(folder)], feature)
     except ValueError as error:
         assert all(torch.equal(start[name], value) for name, value in weights(whole).items() if name in start)
         return f"refused: {error}"
     end = weights(whole)
     assert all(value.isfinite().all() for value in end.values())
-    if all(torch.equal(end[name], start.get(name, end[name])) for name in end):
-        return "nothing moved"
+    if idle := seen.idle(whole, start):
+        return f"no effect of {', '.join(idle)}"
     if dist.is_initialized() and not as_on_the_first_process(end):
         return "differs between the processes"
-    given, resumed = build(module, feature)
-    again = fit(given, [CALLBACKS[callback](), every_epoch(folder)], feature, ckpt_path=folder / "epoch=0.ckpt")
-    if not same(weights(resumed), end):
+    if FEATURES[feature].get("compiled"):
+        _, plain = build(module, feature)
+        fit(plain, [CALLBACKS[callback]()], feature)
+        if not same(weights(plain), end):
+            return "differs from the run that is not compiled"
+    return after_resume(
+        module, callback, feature, folder, (end, trainer.global_step, seen.watched.state_dict(), ours(trainer))
+    )
+
+
+def after_resume(module: str, callback: str, feature: str, folder: Path, whole: tuple[Any, ...]) -> str:
+    """Go on from the checkpoint of the first epoch and compare weights, steps, state and log with those of the whole run."""
+    given, net = build(module, feature)
+    watched = CALLBACKS[callback]()
+    trainer = fit(given, [watched, every_epoch(folder)], feature, ckpt_path=folder / "epoch=0.ckpt")
+    if not same(weights(net), whole[0]):
         return "differs after a resume"
-    if again.global_step != trainer.global_step:
-        return f"{again.global_step} steps after a resume, {trainer.global_step} whole"
+    if (trainer.global_step, watched.state_dict(), ours(trainer)) != whole[1:]:
+        return "ends with another state or log after a resume"
     return "exact"
 
 
@@ -232,10 +293,13 @@ def table(one: dict[str, str], two: dict[str, str]) -> str:
 
 HEADING = """# What goes together
 
-Every mixin with every callback and every feature of Lightning, in one process and under DDP in two. *exact*: the run trains,
-and one that is resumed from its middle ends bit for bit where the whole run ends (the same in one process and in two, where
-nothing else is said). *refused*: an error before training, with the reason below. torch 2.13 cannot compile a step that calls
-`self.log`, in any LightningModule: the compiled modules log nothing in theirs, and ours do it outside.
+Every mixin with every callback and every feature of Lightning, in one process and under DDP in two. *exact*: in the run both do
+what they are there for (adapters move and their base does not, the head starts at zero, the first phase trains the head alone,
+old rows are drawn, the old task's last value is that of the last weights), the processes end with the same weights, and a run that
+is resumed from the end of its first epoch ends bit for bit where the whole run ends, with the same callback state and log (the same
+in one process and in two, where nothing else is said). *refused*: an error before training, with the reason below. A compiled run
+(backend `eager`) also ends where the plain one ends; torch 2.13 cannot compile a step that calls `self.log`, in any
+LightningModule: the compiled modules log nothing in theirs, and ours do it outside.
 Made by `python -m tests.composition docs/composition.md`; the tests make each cell anew.
 """
 

@@ -1,5 +1,6 @@
 """What inspect shows of a network."""
 
+import copy
 import io
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
+from lightning_peft import LoRA, adapted
 from lightning_peft.inspection import advice, load_model, main, model_tree
 from lightning_peft.matching import match_names
 from tests.toy import Toy
@@ -36,6 +38,45 @@ def test_layers_of_one_form_stand_as_one_and_their_globs_select_them_all():
     assert glob == "layers.*.linear1"
     assert f"{2 * (8 * 16 + 16):,}" not in line  # the count of a layer is that of one
     assert match_names(dict(encoder().named_modules()), glob) == ["layers.0.linear1", "layers.1.linear1"]
+
+
+def test_a_glob_selects_the_layers_of_its_line_and_no_other():
+    wide = nn.ModuleDict({"q": nn.Linear(3, 3), "out": nn.ModuleDict({"q": nn.Linear(2, 2)})})
+    model = nn.ModuleDict({"enc": nn.ModuleList([wide, copy.deepcopy(wide)]), "[/] *": nn.Linear(5, 5)})
+    model["net"] = nn.Sequential(*(nn.Linear(4, 4) for _ in range(23)), nn.Linear(4, 2))
+    lines = shown(model)
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    selected = []
+    for line in lines:
+        if "(weight" in line:
+            selected += match_names(linear, line.rsplit("  ", 2)[1].split(", "))
+    assert sorted(selected) == sorted(linear)
+    assert any("net.[0-9], net.1[0-9], net.2[0-2]" in line for line in lines)
+
+
+def test_lazy_layers_are_shown_as_such():
+    lines = shown(nn.ModuleDict({"lazy": nn.LazyLinear(4), "layer": nn.Linear(2, 2)}))
+    assert "6 parameters" in lines[0]
+    assert any("LazyLinear (weight lazy, bias lazy) 0" in line for line in lines)
+
+
+class Outer:
+    class Inner(Toy): ...
+
+    class Broken(Toy):
+        def configure_model(self):
+            raise RuntimeError("needs a trainer")
+
+
+Adapted = adapted(Toy, LoRA(rank=2), backbone="backbone")
+
+
+def test_a_nested_class_is_found_and_an_adapted_one_is_shown_as_its_adapter_finds_it():
+    assert isinstance(load_model("tests.test_inspection:Outer.Inner"), Toy)
+    network = load_model("tests.test_inspection:Adapted")
+    assert [line for line in shown(network) if "lora" in line] == []
+    assert sum("LoRA" in line for line in shown(network)) == 2
+    assert "Adapters go on backbone='backbone'; their globs begin inside it." in advice(network)
 
 
 def test_what_all_linear_adapts_is_marked_and_the_head_is_not():
@@ -78,6 +119,8 @@ def test_a_class_and_a_folder_are_made_without_reading_weights(tmp_path):
         ("no_such_module:Net", "No module named 'no_such_module'"),
         ("tests.toy:rows", "needs no arguments"),
         ("tests.toy:Batches", "must give an nn.Module"),
+        ("tests.test_inspection:Outer.Broken", "RuntimeError: needs a trainer"),
+        ("tests.test_inspection:Outer.None", "cannot be made (AttributeError"),
         ("./no/such/folder", "package.module:Class"),
     ],
 )

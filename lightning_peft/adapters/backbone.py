@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from lightning_peft.adapters.adapter import Adapter
 from lightning_peft.matching import nearest
@@ -49,9 +50,10 @@ def find_backbone(module: nn.Module, adapter: Adapter, *, owner: str = "find_bac
         return fitting[0]
     found = f"{len(fitting)} children fit" if fitting else "no child fits"
     listed = "".join(
-        f"\n  {name} ({type(child).__name__}, {_count(child):,})" + (f": {refusals[name]}" if refusals[name] else "")
+        f"\n  {name} ({type(child).__name__}, {parameter_count(child):,})"
+        + (f": {refusals[name]}" if refusals[name] else "")
         for name, child in children.items()
-        if name in fitting or (not fitting and _count(child))
+        if name in fitting or (not fitting and parameter_count(child))
     )
     raise ValueError(
         f"{owner}: backbone is not given, and {found} {adapter!r}. Pass backbone= with the dotted name of the pretrained "
@@ -72,5 +74,6 @@ def unknown_backbone(module: nn.Module, name: str, *, owner: str) -> ValueError:
     )
 
 
-def _count(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
+def parameter_count(module: nn.Module) -> int:
+    """Return how many numbers a module has, without those of lazy layers that have not seen a batch yet."""
+    return sum(parameter.numel() for parameter in module.parameters() if not is_lazy(parameter))

@@ -6,13 +6,15 @@ import pickle
 
 import lightning.pytorch as pl
 import pytest
+import torch
+from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging
 from lightning.pytorch.loggers import CSVLogger
 from torch.utils.data import DataLoader
 from torchmetrics import MeanSquaredError
 
 from lightning_peft.callbacks import ForgettingEvaluation, OldTask
 from tests.old_tasks import OLD, Noisy, accuracy, error, expected_accuracy, expected_error, regress
-from tests.toy import Toy, same, weights
+from tests.toy import Toy, rows, same, weights
 
 
 class Watch(pl.Callback):
@@ -159,6 +161,28 @@ def test_a_trainer_that_fits_on_keeps_the_baseline(trainer, net):
     assert measure.forgetting["e"] == pytest.approx(expected_error(net) - before, abs=1e-5)
 
 
+def head_sum(module, batch):
+    return module.head.weight[0].sum().detach().reshape(1), torch.zeros(1)
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize(
+    "average",
+    [
+        lambda: EMAWeightAveraging(decay=0.5),
+        lambda: EMAWeightAveraging(decay=0.5, update_starting_at_step=6),
+        lambda: EMAWeightAveraging(decay=0.5, update_starting_at_step=100),
+        lambda: StochasticWeightAveraging(swa_lrs=0.1, swa_epoch_start=1),
+    ],
+    ids=["from the start", "late", "never", "stochastic"],
+)
+def test_the_last_value_is_of_the_weights_that_training_ends_with(fit, net, average, first):
+    """The task's error is the square of a sum of weights, so the module itself tells what it must be."""
+    measure = ForgettingEvaluation({"sum": OldTask(rows(4), MeanSquaredError(), head_sum)}, every_n_epochs=1)
+    fit(net, *([measure, average()] if first else [average(), measure]), epochs=3)
+    assert measure.after["sum"] == pytest.approx(net.head.weight[0].sum().item() ** 2, rel=1e-5)
+
+
 def test_two_callbacks_with_different_tasks_stand_side_by_side(fit, net, tmp_path):
     both = [ForgettingEvaluation({"a": accuracy()}), ForgettingEvaluation({"e": error()}, every_n_epochs=1)]
     assert both[0].state_key != both[1].state_key
@@ -187,7 +211,8 @@ def test_a_copy_measures_the_same_before_and_after_a_fit(fit, twin):
 @pytest.mark.parametrize(
     ("tasks", "options", "message"),
     [
-        ({}, {}, "tasks={} is empty; give at least one OldTask by name"),
+        ({}, {}, "tasks={} must be at least one OldTask, each with a name"),
+        ({"": error()}, {}, "must be at least one OldTask, each with a name"),
         (
             {"old": (OLD, MeanSquaredError(), regress)},
             {},

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from lightning_peft import LoRA, adapted
 from lightning_peft.callbacks import ZeroInitHead
 from tests.toy import Toy, same, weights
 
@@ -136,3 +137,10 @@ def test_a_copy_does_the_same_before_and_after_a_fit(fit, twin):
         fit(net, each or twin(callback))
     assert same(weights(nets[0]), weights(nets[1]))
     assert same(weights(nets[0]), weights(nets[2]))
+
+
+@pytest.mark.parametrize("targets", [["backbone.*"], "all-linear"])
+def test_a_head_that_an_adapter_freezes_is_refused_before_the_first_step(fit, targets):
+    net = adapted(Toy, LoRA(rank=2, targets=targets), backbone=".")()
+    with pytest.raises(ValueError, match="the weight of head='head' is frozen, so it would stay zero"):
+        fit(net, ZeroInitHead("head"))

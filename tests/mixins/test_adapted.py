@@ -74,6 +74,48 @@ def test_class_and_instances_pickle_and_copy(module, attached):
     assert type(pickle.loads(pickle.dumps(module(width=6)))) is module
 
 
+class Derived(Chosen):
+    """What a user makes of an adapted class."""
+
+    def __init__(self, width: int = 8, extra: int = 1) -> None:
+        super().__init__(width=width)
+        self.extra = extra
+
+    def forward(self, x):
+        return super().forward(x) + self.extra
+
+
+class Heir(Chosen):
+    """A derived class that takes what its base takes."""
+
+
+def test_a_class_derived_from_an_adapted_one_pickles_as_itself_and_has_its_own_arguments():
+    net = Derived(extra=3)
+    for again in (pickle.loads(pickle.dumps(net)), copy.deepcopy(net)):
+        assert type(again) is Derived
+        assert torch.equal(again(torch.ones(1, 4)), net(torch.ones(1, 4)))
+    assert pickle.loads(pickle.dumps(Derived)) is Derived
+    assert pickle.loads(pickle.dumps(Chosen)) is Chosen
+    assert list(inspect.signature(Derived).parameters) == ["width", "extra"]
+    assert inspect.signature(Heir) == inspect.signature(Chosen)
+
+
+class OwnBackbone(Renamed):
+    """A module that calls an argument of its own backbone."""
+
+    def __init__(self, backbone: str = "resnet") -> None:
+        super().__init__()
+        self.kind = backbone
+
+
+@pytest.mark.parametrize(("arguments", "options"), [((), {}), (("vit",), {}), ((), {"backbone": "vit"})])
+def test_a_backbone_argument_of_the_module_stays_the_module_s(arguments, options):
+    net = adapted(OwnBackbone, LoRA(rank=2), backbone="encoder")(*arguments, **options)
+    net.configure_model()
+    assert net.kind == ("vit" if arguments or options else "resnet")
+    assert net.adapted_network is net.encoder
+
+
 def test_it_trains_the_adapter_and_the_head_and_comes_back_from_its_checkpoint(fit, tmp_path):
     cls = adapted(Renamed, LoRA(rank=2))
     net = cls()
@@ -115,12 +157,20 @@ def test_what_would_leave_nothing_to_train_is_refused(fit):
         fit(adapted(Renamed, LinearProbe(), backbone=".")())
 
 
+class OwnAdapter(Toy):
+    def __init__(self, adapter: str = "usb") -> None:
+        super().__init__()
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
         (lambda: adapted(Toy()), "must be a LightningModule class"),
         (lambda: adapted(nn.Linear), "must be a LightningModule class"),
         (lambda: adapted(type("Net", (LoRAMixin, Toy), {})), "has an adapter mixin already"),
+        (lambda: adapted(Toy, "lora"), "'lora' must be an adapter"),
+        (lambda: adapted(Toy, LoRA), "LoRA'> must be an adapter"),
+        (lambda: adapted(OwnAdapter), "OwnAdapter has an argument called adapter itself"),
     ],
 )
 def test_what_cannot_be_adapted_is_refused(wrong, message):
