@@ -13,6 +13,11 @@ from tests import adoption
 
 ROOT = Path(__file__).parents[1]
 IDS = [f"{trial.module}-{trial.technique}" for trial in adoption.TRIALS]
+# Four recurrent layers of 512 take longer than all the others; make test-all tries them.
+SIZED = [
+    pytest.param(trial, marks=pytest.mark.large if trial.module == "LightningLSTM" else pytest.mark.slow, id=name)
+    for trial, name in zip(adoption.TRIALS, IDS, strict=True)
+]
 
 
 def test_the_trials_are_of_every_kind():
@@ -40,9 +45,8 @@ def test_a_line_counts_whether_it_is_new_or_other():
     assert trial.changed == 3
 
 
-@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of packages that nobody here wrote
-@pytest.mark.parametrize("trial", adoption.TRIALS, ids=IDS)
+@pytest.mark.parametrize("trial", SIZED)
 def test_the_new_task_is_learned_and_the_old_one_kept_better(trial):
     try:
         files = metadata.distribution(trial.package).files
