@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from torchmetrics import MeanSquaredError
 
-from lightning_peft import LinearProbeMixin
+from lightning_peft import LinearProbeMixin, callbacks, mixins
 from lightning_peft.callbacks import ForgettingEvaluation, FreezeSchedule, OldTask, Phase, ReplayMixing, ZeroInitHead
 from lightning_peft.recipes import keep_what_it_knows
 from tests import composition
@@ -45,6 +45,15 @@ def told() -> dict[str, str]:
         for name, *cells in table[2:]:
             found |= {f"{module} / {name} / {feature}": cell for feature, cell in zip(FEATURES, cells, strict=True)}
     return found
+
+
+def test_every_public_mixin_and_callback_has_its_place():
+    public = {
+        name for name, kind in vars(callbacks).items() if isinstance(kind, type) and issubclass(kind, pl.Callback)
+    }
+    assert CALLBACKS.keys() == public
+    # AdapterMixin is what adapted() puts before a module.
+    assert MODULES.keys() - {"no mixin"} == set(mixins.__all__) - {"AdapterMixin"}
 
 
 def test_the_pairs_are_all_there():
@@ -113,11 +122,11 @@ def test_the_order_of_the_callbacks_does_not_matter(fit, tmp_path):
     rotations = [[(place + turn) % 5 for place in range(5)] for turn in range(5)]
     for number, order in enumerate([*rotations, [4, 3, 2, 1, 0]]):  # each callback in each place
         pl.seed_everything(1, verbose=False)
-        net, callbacks = composition.Plain(), everything_at_once()
+        net, added = composition.Plain(), everything_at_once()
         logger = CSVLogger(tmp_path / str(number), name="", version="")
-        fit(net, *(callbacks[place] for place in order), epochs=2, logger=logger, log_every_n_steps=1)
+        fit(net, *(added[place] for place in order), epochs=2, logger=logger, log_every_n_steps=1)
         logger.save()
-        found.append((weights(net), callbacks[3].before, callbacks[3].after, logged(tmp_path / str(number))))
+        found.append((weights(net), added[3].before, added[3].after, logged(tmp_path / str(number))))
     assert len(found) == 6
     for end, before, after, log in found[1:]:
         assert same(end, found[0][0])
