@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from lightning_peft.matching import nearest
+from lightning_peft.tied import tied_weights
 
 
 def output_layer(module: nn.Module, head: str, *, owner: str = "output_layer") -> nn.Linear:
@@ -34,11 +35,7 @@ def output_layer(module: nn.Module, head: str, *, owner: str = "output_layer") -
             "turns features into outputs."
         )
     layer = linear[-1]
-    shared = [
-        name
-        for name, child in modules.items()
-        if child is not layer and child._parameters.get("weight") is layer.weight
-    ]
+    shared = tied_weights(module).get(next(name for name, child in modules.items() if child is layer))
     if shared:
         raise ValueError(
             f"{owner}: head={head!r} shares its weight with {shared}, so zeroing it would wreck what is pretrained. Name a "

@@ -8,4 +8,7 @@ if __name__ == "recipes":
 
 from lightning_peft.recipes.keep_what_it_knows import keep_what_it_knows
 
-__all__ = ["keep_what_it_knows"]
+__all__ = ["RUNS", "keep_what_it_knows"]
+
+RUNS = {"sentiment": "Learn movie-review sentiment with MiniLM and keep what it could do before."}
+"""Recipes that are a command of their own."""

@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import importlib
 
+from lightning_peft.recipes import RUNS
+
 COMMANDS = {
-    "sentiment": ("lightning_peft.recipes.sentiment", "learn sentiment with MiniLM and keep what it could do before"),
-    "recipes": ("lightning_peft.recipes.overlays", "list the recipes; show one as a YAML overlay for your project"),
+    **{name: (f"lightning_peft.recipes.{name}", sentence) for name, sentence in RUNS.items()},
+    "recipes": ("lightning_peft.recipes.overlays", "List the recipes; show one as a YAML overlay for your project."),
     "inspect": (
-        "lightning_peft.inspection",
-        "show a network's layers, the globs that select them, and what LoRA adapts",
+        "lightning_peft.recipes.inspection",
+        "Show a network's layers, the globs that select them, and what LoRA adapts.",
     ),
 }
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import argparse
 from importlib.resources import files
 
-RUNS = {"sentiment": "Learn movie-review sentiment with MiniLM and keep what it could do before."}
-"""Recipes that are a command of their own."""
+from lightning_peft.recipes import RUNS
 
 
 def overlays() -> dict[str, str]:

@@ -85,6 +85,12 @@ class Result:
     trainable: float
 
 
+NANOGPT = """
+net = NanoGPT(**arguments)
+net.load_state_dict(pretrained)
+trainer = Trainer(max_steps=200)
+trainer.fit(net, datamodule=data)
+"""
 TRIALS = [
     Trial(
         "ModelModuleIMG", "cph-imgclassification", "image classifier", "ReplayMixing", digits,
@@ -102,12 +108,7 @@ trainer.fit(net, datamodule=data)
     ),
     Trial(
         "NanoGPT", "lightning-gpt", "causal language model", "ReplayMixing", nanogpt,
-        """
-net = NanoGPT(**arguments)
-net.load_state_dict(pretrained)
-trainer = Trainer(max_steps=200)
-trainer.fit(net, datamodule=data)
-""",
+        NANOGPT,
         """
 from lightning_peft.callbacks import ReplayMixing
 net = NanoGPT(**arguments)
@@ -118,12 +119,7 @@ trainer.fit(net, datamodule=data)
     ),
     Trial(
         "NanoGPT", "lightning-gpt", "causal language model", "LoRA", nanogpt,
-        """
-net = NanoGPT(**arguments)
-net.load_state_dict(pretrained)
-trainer = Trainer(max_steps=200)
-trainer.fit(net, datamodule=data)
-""",
+        NANOGPT,
         """
 from lightning_peft import LoRA, adapted, parameter_groups
 net = adapted(NanoGPT, LoRA(rank=8))(**arguments)

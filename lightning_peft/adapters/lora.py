@@ -7,7 +7,6 @@ Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", arXiv:2106
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -21,6 +20,7 @@ from typing_extensions import override
 from lightning_peft.adapters.adapter import Adapter
 from lightning_peft.adapters.layer import AdaptedLayer, MasterParameters, master_dtype
 from lightning_peft.matching import match_names
+from lightning_peft.tied import tied_weights
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ class LoRA(Adapter):
                 f"LoRA: targets={self.targets!r} without exclude={list(self.exclude)!r} leave none of the "
                 f"{len(linear)} linear layers of this {type(model).__name__}."
             )
-        if tied := tied_weights(model) & layers.keys():
+        if tied := tied_weights(model).keys() & layers.keys():
             raise ValueError(
                 f"LoRA: {sorted(tied)} share their weight with other modules, so merging would change those too. "
                 "Leave them out with exclude=."
@@ -203,21 +203,14 @@ def attention_projections(model: nn.Module) -> Mapping[str, nn.Linear]:
     return {name: layer for name, layer in linear_layers(model).items() if name in inside}
 
 
-def tied_weights(model: nn.Module) -> set[str]:
-    """Return the modules whose ``weight`` also belongs to another module, such as an output embedding."""
-    weights = [
-        (name, id(module._parameters["weight"]))
-        for name, module in model.named_modules()
-        if module._parameters.get("weight") is not None
-    ]
-    counts = Counter(weight for _, weight in weights)
-    return {name for name, weight in weights if counts[weight] > 1}
-
-
 def output_embeddings(model: nn.Module) -> set[str]:
     """Return the linear layers that share their weight with an embedding."""
-    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    return {name for name, layer in linear_layers(model).items() if id(layer.weight) in embeddings}
+    linear, modules = linear_layers(model), dict(model.named_modules())
+    return {
+        name
+        for name, others in tied_weights(model).items()
+        if name in linear and any(isinstance(modules[other], nn.Embedding) for other in others)
+    }
 
 
 def heads_of(model: nn.Module) -> set[str]:

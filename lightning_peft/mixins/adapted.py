@@ -88,7 +88,7 @@ def _without_self(signature: inspect.Signature) -> inspect.Signature:
 
 
 def _with_ours(own: inspect.Signature, ours: inspect.Signature) -> inspect.Signature:
-    """Return a module's signature with our keywords put before its ``**kwargs``, where it has not got them itself."""
+    """Return a module's signature with our keywords put before its ``**kwargs``; a ``backbone`` may be its own."""
     added = [ours.parameters[name] for name in ("adapter", "backbone") if name not in own.parameters]
     rest = [parameter for parameter in own.parameters.values() if parameter.kind is parameter.VAR_KEYWORD]
     first = [parameter for parameter in own.parameters.values() if parameter.kind is not parameter.VAR_KEYWORD]

@@ -35,7 +35,7 @@ def model_tree(model: nn.Module, *, name: str = "") -> Tree:
         model: The network; it may be on the meta device.
         name: What stands at the root.
     """
-    path = adapted_path(model)
+    path = place_of_adapters(model)[0] or WHOLE
     try:
         chosen = {prefix_of(path) + name for name in LoRA(rank=1).select(submodule(model, path) or model)}
     except ValueError:
@@ -163,30 +163,24 @@ def load_model(model: str) -> nn.Module:
     return network
 
 
-def adapted_path(model: nn.Module) -> str:
-    """Return the name of what adapters would be put on: of a LightningModule its backbone, else the network itself."""
+def place_of_adapters(model: nn.Module) -> tuple[str | None, list[str]]:
+    """Return the name of what adapters would be put on, None if it must be given, and what there is to say of it."""
     if not isinstance(model, pl.LightningModule):
-        return WHOLE
-    if isinstance(model, AdapterMixin) and model.backbone_name:
-        return model.backbone_name
+        return WHOLE, []
+    said = "Schedules take globs over parameter names: those above and .weight, .bias or .*"
     try:
-        return find_backbone(model, LoRA(rank=1))
-    except ValueError:
-        return WHOLE
+        given = model.backbone_name if isinstance(model, AdapterMixin) else None
+        path = given or find_backbone(model, LoRA(rank=1), owner="inspect")
+    except ValueError as error:
+        return None, [said, str(error)]
+    return path, [said, f"Adapters go on backbone={path!r}; their globs begin inside it."]
 
 
 def advice(model: nn.Module) -> list[str]:
     """Return what the tree means for adapters and schedules, a sentence a line."""
-    lines = []
-    if isinstance(model, pl.LightningModule):
-        lines.append("Schedules take globs over parameter names: those above and .weight, .bias or .*")
-        try:
-            lines.append(
-                f"Adapters go on backbone={find_backbone(model, LoRA(rank=1), owner='inspect')!r}; their globs begin inside it."
-            )
-        except ValueError as error:
-            return [*lines, str(error)]
-    path = adapted_path(model)
+    path, lines = place_of_adapters(model)
+    if path is None:
+        return lines
     network = submodule(model, path) or model
     try:
         chosen = LoRA(rank=1).select(network)

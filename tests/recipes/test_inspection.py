@@ -9,8 +9,8 @@ from rich.console import Console
 from torch import nn
 
 from lightning_peft import LoRA, adapted
-from lightning_peft.inspection import advice, load_model, main, model_tree
 from lightning_peft.matching import match_names
+from lightning_peft.recipes.inspection import advice, load_model, main, model_tree
 from tests.toy import Toy
 
 
@@ -68,15 +68,22 @@ class Outer:
             raise RuntimeError("needs a trainer")
 
 
-Adapted = adapted(Toy, LoRA(rank=2), backbone="backbone")
+class TwoNetworks(Toy):
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = self.backbone, nn.Sequential(nn.Linear(2, 2))
+        del self.backbone
+
+
+Adapted = adapted(TwoNetworks, LoRA(rank=2), backbone="left")
 
 
 def test_a_nested_class_is_found_and_an_adapted_one_is_shown_as_its_adapter_finds_it():
-    assert isinstance(load_model("tests.test_inspection:Outer.Inner"), Toy)
-    network = load_model("tests.test_inspection:Adapted")
+    assert isinstance(load_model("tests.recipes.test_inspection:Outer.Inner"), Toy)
+    network = load_model("tests.recipes.test_inspection:Adapted")
     assert [line for line in shown(network) if "lora" in line] == []
     assert sum("LoRA" in line for line in shown(network)) == 2
-    assert "Adapters go on backbone='backbone'; their globs begin inside it." in advice(network)
+    assert "Adapters go on backbone='left'; their globs begin inside it." in advice(network)
 
 
 def test_what_all_linear_adapts_is_marked_and_the_head_is_not():
@@ -92,13 +99,6 @@ def test_it_says_where_adapters_go_and_what_they_cost():
     ]
     assert "2 children fit" in advice(TwoNetworks())[-1]
     assert "does not fit" in advice(nn.Sequential(nn.Conv1d(1, 1, 1)))[-1]
-
-
-class TwoNetworks(Toy):
-    def __init__(self) -> None:
-        super().__init__()
-        self.left, self.right = self.backbone, nn.Sequential(nn.Linear(2, 2))
-        del self.backbone
 
 
 def test_a_class_and_a_folder_are_made_without_reading_weights(tmp_path):
@@ -119,8 +119,8 @@ def test_a_class_and_a_folder_are_made_without_reading_weights(tmp_path):
         ("no_such_module:Net", "No module named 'no_such_module'"),
         ("tests.toy:rows", "needs no arguments"),
         ("tests.toy:Batches", "must give an nn.Module"),
-        ("tests.test_inspection:Outer.Broken", "RuntimeError: needs a trainer"),
-        ("tests.test_inspection:Outer.None", "cannot be made (AttributeError"),
+        ("tests.recipes.test_inspection:Outer.Broken", "RuntimeError: needs a trainer"),
+        ("tests.recipes.test_inspection:Outer.None", "cannot be made (AttributeError"),
         ("./no/such/folder", "package.module:Class"),
     ],
 )
