@@ -50,14 +50,17 @@ def slim(checkpoint: dict[str, Any], root: nn.Module, backbone: str, attachment:
         name = key.removeprefix(prefix)
         if not key.startswith(prefix) or name in attachment.ever_trained or not isinstance(state[key], Tensor):
             return True
+        if key in parameters and name not in attachment.flags:  # of an adapter that has not acted yet
+            return True
         return key not in parameters and print_tensor(state[key]) != attachment.base.get(name)
 
     checkpoint["state_dict"] = {key: value for key, value in state.items() if stays(key)}
     checkpoint[RECORD] = {
         "format": PLAIN_FORMAT,
         "version": __version__,
-        "adapter": attachment.adapter.to_plain(),
-        "name": attachment.name,
+        "adapters": {name: adapter.to_plain() for name, adapter in attachment.adapters.items()},
+        "active": attachment.active,
+        "values": attachment.values,
         "backbone": backbone,
         "keys": list(checkpoint["state_dict"]),
         "base": fingerprint_to_plain(attachment.base),
@@ -81,12 +84,13 @@ def complete(checkpoint: dict[str, Any], root: nn.Module, backbone: str, attachm
     saved: dict[str, Any] = checkpoint["state_dict"]
     here: Mapping[str, Any] = root.state_dict()
     outside = {key for key in here if not key.startswith(prefix)}
-    expected = outside | {prefix + name for name in attachment.ever_trained} | set(record["keys"])
+    added = {name for name, _ in network.named_parameters()} - attachment.flags.keys()
+    expected = outside | {prefix + name for name in attachment.ever_trained | added} | set(record["keys"])
     brought = {key.removeprefix(prefix) for key in saved if key.startswith(prefix)}
     unbrought = {name for name, _ in network.named_buffers()} & (attachment.base.keys() - brought)
     prints = {name: (attachment.base[name], print_tensor(here[prefix + name])) for name in unbrought}
     lines = {
-        "different in the adapter": _adapter_differences(record["adapter"], attachment.adapter),
+        "different in the adapter": _adapters_differences(record["adapters"], attachment.adapters),
         "missing from the checkpoint": sorted(expected - saved.keys()),
         "in the checkpoint but not in the module": sorted(saved.keys() - here.keys()),
         "of another shape": [
@@ -105,6 +109,7 @@ def complete(checkpoint: dict[str, Any], root: nn.Module, backbone: str, attachm
             "Load it into the same class, with the same adapter, on the same pretrained weights."
         )
     attachment.ever_trained |= brought & set(attachment.flags)
+    attachment.values = {name: dict(values) for name, values in record.get("values", {}).items()}
     checkpoint["state_dict"] = {**here, **saved}
 
 
@@ -114,9 +119,10 @@ def refresh_base(backbone: nn.Module, attachment: Attachment) -> None:
     Buffers keep their first print: one that moved since must stay in every checkpoint.
     """
     pristine = {
-        f"{path}.weight".lstrip("."): layer.pristine
+        f"{path}.{name}".lstrip("."): value
         for path, layer in backbone.named_modules()
-        if isinstance(layer, AdaptedLayer) and layer.pristine is not None
+        if isinstance(layer, AdaptedLayer)
+        for name, value in layer.pristine.items()
     }
     for name, parameter in backbone.named_parameters():
         if name in attachment.base and name not in attachment.ever_trained:
@@ -156,14 +162,18 @@ def _shape(value: object) -> tuple[int, ...] | str:
     return tuple(value.shape) if isinstance(value, Tensor) else f"a {type(value).__name__}"
 
 
-def _adapter_differences(saved: Mapping[str, Any], here: Adapter) -> list[str]:
+def _adapters_differences(saved: Mapping[str, Mapping[str, Any]], here: Mapping[str, Adapter]) -> list[str]:
     free = {"format", "version", "dropout"}  # dropout changes training, not what the weights mean
-    ours = here.to_plain()
-    return [
-        f"{key}: {saved.get(key)!r} in the checkpoint, {ours.get(key)!r} in the module"
-        for key in sorted((saved.keys() | ours.keys()) - free)
-        if saved.get(key) != ours.get(key)
-    ]
+    lines = []
+    for name in sorted(saved.keys() | here.keys()):
+        theirs, ours = saved.get(name, {}), here[name].to_plain() if name in here else {}
+        label = "" if saved.keys() == here.keys() == {name} else f"{name}."
+        lines += [
+            f"{label}{key}: {theirs.get(key)!r} in the checkpoint, {ours.get(key)!r} in the module"
+            for key in sorted((theirs.keys() | ours.keys()) - free)
+            if theirs.get(key) != ours.get(key)
+        ]
+    return lines
 
 
 def read_record(checkpoint: Mapping[str, Any]) -> tuple[Mapping[str, Any], Fingerprint]:
@@ -178,7 +188,7 @@ def read_record(checkpoint: Mapping[str, Any]) -> tuple[Mapping[str, Any], Finge
             f"The checkpoint has no {RECORD!r} record, so no module with an adapter mixin wrote it. To start from its "
             "weights, load them into the un-adapted module with load_state_dict before the run."
         )
-    types = {"format": int, "version": str, "adapter": Mapping, "keys": list, "base": Mapping, "backbone": str}
+    types = {"format": int, "version": str, "adapters": Mapping, "keys": list, "base": Mapping, "backbone": str}
     damaged = [key for key, kind in types.items() if not isinstance(record.get(key), kind)]
     damaged += [] if isinstance(checkpoint.get("state_dict"), Mapping) else ["state_dict"]
     if damaged:

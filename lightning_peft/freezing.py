@@ -38,6 +38,9 @@ def set_trainable(module: nn.Module, names: Collection[str]) -> bool:
         if not train:
             parameter.grad = None
     record_trained(module)
+    for child in module.modules():
+        if (attachment := attachment_of(child)) is not None:
+            attachment.expected = set(trainable_names(child))
     return changed
 
 

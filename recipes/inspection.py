@@ -22,7 +22,7 @@ from torch.nn.parameter import is_lazy
 
 from lightning_peft.adapters import LoRA
 from lightning_peft.adapters.backbone import WHOLE, find_backbone, parameter_count, prefix_of, submodule
-from lightning_peft.adapters.lora import linear_layers
+from lightning_peft.adapters.lora_targets import linear_layers
 from lightning_peft.mixins.adapter_mixin import AdapterMixin
 
 
@@ -186,7 +186,7 @@ def advice(model: nn.Module) -> list[str]:
         chosen = LoRA(rank=1).select(network)
     except ValueError as error:
         return [*lines, f'targets="all-linear" does not fit: {error}']
-    size = sum(layer.in_features + layer.out_features for layer in chosen.values())
+    size = sum(target.width + target.out for target in chosen.values())
     linear = len(linear_layers(network))
     return [
         *lines,

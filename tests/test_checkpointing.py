@@ -20,7 +20,7 @@ def checkpoint(fit, tmp_path):
     return torch.load(tmp_path / "net.ckpt", weights_only=True)
 
 
-A, B = "backbone.0.lora_A.default", "backbone.0.lora_B.default"
+A, B = "backbone.0.adapters.default.lora_A", "backbone.0.adapters.default.lora_B"
 
 
 def damage(checkpoint, change):
@@ -47,7 +47,7 @@ def damage(checkpoint, change):
         case "headless":
             del checkpoint["state_dict"]
         case "alpha":
-            record["adapter"]["alpha"] = 99
+            record["adapters"]["default"]["alpha"] = 99
         case "newer":
             record["format"] = 7
 

@@ -2,7 +2,6 @@
 
 from lightning_peft.adapters.adapter import Adapter
 from lightning_peft.adapters.attach import (
-    adapter_disabled,
     adapter_state_dict,
     add_adapter,
     merge_adapter,
@@ -13,6 +12,8 @@ from lightning_peft.adapters.full_finetune import FullFinetune
 from lightning_peft.adapters.linear_probe import LinearProbe
 from lightning_peft.adapters.lora import LoRA
 from lightning_peft.adapters.parameter_groups import parameter_groups
+from lightning_peft.adapters.peft_format import from_peft, load_adapter, save_adapter
+from lightning_peft.adapters.switch import adapter_disabled, adapter_rows, set_adapter
 
 __all__ = [
     "Adapter",
@@ -20,10 +21,15 @@ __all__ = [
     "LinearProbe",
     "LoRA",
     "adapter_disabled",
+    "adapter_rows",
     "adapter_state_dict",
     "add_adapter",
+    "from_peft",
+    "load_adapter",
     "merge_adapter",
     "parameter_groups",
     "remove_adapter",
+    "save_adapter",
+    "set_adapter",
     "unmerge_adapter",
 ]

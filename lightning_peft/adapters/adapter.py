@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar
 
@@ -12,7 +12,7 @@ from torch import nn
 from lightning_peft.matching import nearest
 from lightning_peft.version import __version__
 
-PLAIN_FORMAT = 1
+PLAIN_FORMAT = 2
 """Number of the plain-data layout; it rises when an older library could no longer read it."""
 
 
@@ -30,10 +30,24 @@ class Adapter(ABC):
     frozen_features: ClassVar[bool] = False
     """Whether the network stays in eval mode while the rest trains, so that its features are fixed."""
 
+    keeps_base: ClassVar[bool] = True
+    """Whether base values that train are remembered as they were: then the pretrained network is never lost, and several
+    adapters may train them, each for itself. False where that would double the network."""
+
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Enter the subclass under its name, so that checkpoints can name it."""
         super().__init_subclass__(**kwargs)
         Adapter.kinds[cls.__name__] = cls
+
+    def __repr__(self) -> str:
+        """Say what differs from the defaults."""
+        changed = [
+            f"{entry.name}={getattr(self, entry.name)!r}"
+            for entry in fields(self)
+            if getattr(self, entry.name)
+            != (entry.default_factory() if callable(entry.default_factory) else entry.default)
+        ]
+        return f"{type(self).__name__}({', '.join(changed)})"
 
     @abstractmethod
     def insert(self, model: nn.Module, name: str) -> list[str]:
@@ -46,6 +60,20 @@ class Adapter(ABC):
         Raises:
             ValueError: If the adapter does not fit the network. Nothing has been changed then.
         """
+
+    def learn_start(self, model: nn.Module, name: str, batches: Iterable[Any]) -> Adapter:
+        """Choose where the inserted parameters start by looking at data; return the adapter as it came out.
+
+        Args:
+            model: The network, with this adapter in it.
+            name: The name of the adapter.
+            batches: What the network is called with: mappings become keyword arguments; of a tuple or list the first
+                entry counts.
+
+        Raises:
+            ValueError: If the adapter does not look at data.
+        """
+        raise ValueError(f"add_adapter: {self!r} starts without data; leave batches= out.")
 
     def refusal(self, model: nn.Module) -> str | None:
         """Say why the adapter cannot be added to ``model``, None if it can; nothing is changed."""

@@ -1,44 +1,80 @@
-"""Add an adapter to any network, take it off, merge it, switch it off: the bookkeeping, once for all adapters."""
+"""Add an adapter to any network, take it off, merge it: the bookkeeping, once for all adapters."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
+from typing import Any
 
 from torch import Tensor, nn
 
 from lightning_peft.adapters.adapter import Adapter
-from lightning_peft.adapters.attachment import Attachment, attachment_of, set_attachment
+from lightning_peft.adapters.attachment import Attachment, attachment_of, required_attachment, set_attachment
 from lightning_peft.adapters.fingerprint import fingerprint
 from lightning_peft.adapters.layer import AdaptedLayer
+from lightning_peft.adapters.switch import check_known, set_adapter
+from lightning_peft.adapters.updates import ATTRIBUTE, Updates, hosts, updates_of
 
 
-def add_adapter(model: nn.Module, adapter: Adapter, name: str = "default") -> nn.Module:
-    """Adapt a network in place and return it; its outputs stay what they were.
+def add_adapter(
+    model: nn.Module, adapter: Adapter, name: str = "default", *, batches: Iterable[Any] | None = None
+) -> nn.Module:
+    """Adapt a network in place and return it; its outputs stay what they were (those of soft prompts excepted).
 
     Every parameter that the adapter does not train is frozen. The layers stay the same objects with the same keys:
-    a plain checkpoint of the base still loads, before or after.
+    a plain checkpoint of the base still loads, before or after. The first adapter acts at once; a further one waits for
+    :func:`~lightning_peft.set_adapter`.
 
     Args:
         model: Any module. Targets of the adapter are globs over its module names.
         adapter: What to add, for instance ``LoRA(rank=8)``.
         name: Name of the adapter, part of the keys of what it adds.
+        batches: For adapters that look at data before they start (``LoRA(init="eva")``): what the network is called with.
+            Mappings become keyword arguments; of a tuple or list the first entry counts.
 
     Raises:
-        ValueError: If the network carries an adapter already, is sharded already, or does not fit the adapter.
+        ValueError: If the network has an adapter of that name, is sharded already, or does not fit the adapter.
 
     >>> from lightning_peft import LoRA
     >>> net = add_adapter(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 2)), LoRA(rank=2, targets=["0"]))
     >>> [key for key, parameter in net.named_parameters() if parameter.requires_grad]
-    ['0.lora_A.default', '0.lora_B.default']
+    ['0.adapters.default.lora_A', '0.adapters.default.lora_B']
     """
+    attachment = attachment_of(model)
+    _check_addable(model, attachment, adapter, name)
+    if attachment is None:
+        flags = {key: parameter.requires_grad for key, parameter in model.named_parameters()}
+        attachment = Attachment(fingerprint(model), flags)
+    trained = set(adapter.insert(model, name))
+    parameters = dict(model.named_parameters())
+    if adapter.keeps_base:
+        new = trained & attachment.flags.keys() - attachment.found.keys()
+        attachment.found |= {key: parameters[key].detach().clone() for key in new}
+    attachment.adapters[name], attachment.trained[name] = adapter, trained
+    _leave_fast_paths(model, attachment)
+    set_attachment(model, attachment)
+    if len(attachment.adapters) == 1:
+        set_adapter(model, name)
+    else:
+        for key in trained - attachment.flags.keys():
+            parameters[key].requires_grad_(False)
+    if batches is not None:
+        try:
+            attachment.adapters[name] = adapter.learn_start(model, name, batches)
+        except BaseException:
+            remove_adapter(model, name)
+            raise
+    return model
+
+
+def _check_addable(model: nn.Module, attachment: Attachment | None, adapter: Adapter, name: str) -> None:
     if not name.isidentifier():
         raise ValueError(f"add_adapter: name={name!r} must be a plain identifier: it becomes part of parameter names.")
+    if hasattr(Updates(), name):
+        raise ValueError(f"add_adapter: name={name!r} is an attribute of torch's modules. Choose another one.")
     for path, child in model.named_modules():
-        if (found := attachment_of(child)) is not None:
+        if child is not model and attachment_of(child) is not None:
             raise ValueError(
-                f"add_adapter: {path or 'the network'!r} already carries the adapter {found.name!r} "
-                f"({found.adapter!r}). Take it off with remove_adapter first."
+                f"add_adapter: {path!r} inside already carries an adapter. Take it off with remove_adapter first."
             )
     if any(hasattr(parameter, "device_mesh") for parameter in model.parameters()):
         raise ValueError(
@@ -46,31 +82,52 @@ def add_adapter(model: nn.Module, adapter: Adapter, name: str = "default") -> nn
             "kept in step over ranks. Add the adapter before fully_shard; in a module with an adapter mixin, call "
             "self.attach_adapter() in configure_model before fully_shard."
         )
-    flags = {key: parameter.requires_grad for key, parameter in model.named_parameters()}
-    attachment = Attachment(adapter, name, fingerprint(model), flags)
-    trained = set(adapter.insert(model, name))
-    for key, parameter in model.named_parameters():
-        parameter.requires_grad_(key in trained)
-    attachment.ever_trained = trained
-    _leave_fast_paths(model, attachment)
-    set_attachment(model, attachment)
-    return model
+    if attachment is None:
+        return
+    if name in attachment.adapters:
+        raise ValueError(
+            f"add_adapter: the network already carries an adapter {name!r} ({attachment.adapters[name]!r}). Take it off "
+            "with remove_adapter first, or give this one another name=."
+        )
+    alone = [one for one in (adapter, *attachment.adapters.values()) if not one.keeps_base]
+    if alone or any(isinstance(layer, AdaptedLayer) and layer.merged for layer in model.modules()):
+        cause = f"{alone[0]!r} changes the network itself" if alone else "an adapter is merged"
+        raise ValueError(f"add_adapter: {cause}, so no other adapter can stand beside it.")
 
 
-def remove_adapter(model: nn.Module) -> nn.Module:
-    """Take the adapter off, and give back the flags found: the network is bit for bit the pretrained one again.
+def remove_adapter(model: nn.Module, name: str | None = None) -> nn.Module:
+    """Take adapters off; without the last one the network is bit for bit the pretrained one again, flags included.
 
     That is so while the base stayed frozen; base weights that trained (full fine-tuning, a thawed base) stay trained.
 
+    Args:
+        model: A network with adapters.
+        name: The one to take off; None for all.
+
     Raises:
-        ValueError: If the network carries no adapter.
+        ValueError: If the network carries no such adapter.
     """
+    attachment = required_attachment(model, "remove_adapter")
+    if name is not None:
+        check_known(attachment, [name], "remove_adapter")
     unmerge_adapter(model)
-    return _unload(model, _attachment(model, "remove_adapter"))
+    if name is None or set(attachment.adapters) == {name}:
+        if attachment.found:
+            set_adapter(model, None)
+        return _unload(model, attachment)
+    if attachment.active == name:
+        set_adapter(model, None)
+    for _, _, updates in hosts(model):
+        updates._modules.pop(name, None)
+    for table in (attachment.adapters, attachment.trained, attachment.values):
+        table.pop(name, None)
+    present = {key for key, _ in model.named_parameters()}
+    attachment.ever_trained &= present
+    return model
 
 
 def merge_adapter(model: nn.Module, *, unload: bool = False) -> nn.Module:
-    """Add the adapter's update to the base weights, so that it costs nothing at inference; twice is once.
+    """Add the active adapter's update to the base weights, so that it costs nothing at inference; twice is once.
 
     Args:
         model: An adapted network, changed in place.
@@ -79,11 +136,21 @@ def merge_adapter(model: nn.Module, *, unload: bool = False) -> nn.Module:
             bit for bit.
 
     Raises:
-        ValueError: If the network carries no adapter.
+        ValueError: If the network carries no adapter, or it cannot be expressed in weights of the network.
     """
-    attachment = _attachment(model, "merge_adapter")
-    for layer in _layers(model):
-        layer.merge()
+    attachment = required_attachment(model, "merge_adapter")
+    for path, module, updates in hosts(model):
+        if not isinstance(module, AdaptedLayer) and updates.get_update(updates.active) is not None:
+            raise ValueError(
+                f"merge_adapter: {attachment.adapters[updates.active or '']!r} at {path or 'the network'!r} is no change of "
+                "weights: it cannot be merged."
+            )
+    try:
+        for layer in _layers(model):
+            layer.merge()
+    except ValueError:
+        unmerge_adapter(model)
+        raise
     return _unload(model, attachment) if unload else model
 
 
@@ -93,33 +160,10 @@ def unmerge_adapter(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: If the network carries no adapter.
     """
-    _attachment(model, "unmerge_adapter")
+    required_attachment(model, "unmerge_adapter")
     for layer in _layers(model):
         layer.unmerge()
     return model
-
-
-@contextmanager
-def adapter_disabled(model: nn.Module) -> Iterator[nn.Module]:
-    """Run the pretrained network for a while, also if the adapter is merged; no second copy is needed.
-
-    Raises:
-        ValueError: If the network carries no adapter, or its own weights have trained: nothing remembers them then.
-    """
-    attachment = _attachment(model, "adapter_disabled")
-    if trained := sorted(attachment.ever_trained & attachment.flags.keys()):
-        raise ValueError(
-            f"adapter_disabled: {len(trained)} weights of the network itself train, first {trained[:3]}, so the "
-            "pretrained network is gone. Keep a copy of it before training."
-        )
-    found = [(layer, layer.enabled) for layer in _layers(model)]
-    for layer, _ in found:
-        layer.enabled = False
-    try:
-        yield model
-    finally:
-        for layer, enabled in found:
-            layer.enabled = enabled
 
 
 def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
@@ -128,17 +172,8 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
     Raises:
         ValueError: If the network carries no adapter.
     """
-    trained = _attachment(model, "adapter_state_dict").ever_trained
+    trained = required_attachment(model, "adapter_state_dict").ever_trained
     return {key: value for key, value in model.state_dict().items() if key in trained}
-
-
-def _attachment(model: nn.Module, owner: str) -> Attachment:
-    attachment = attachment_of(model)
-    if attachment is None:
-        inside = [path for path, child in model.named_modules() if attachment_of(child) is not None]
-        hint = f"Its module {inside[0]!r} does: pass that one." if inside else "add_adapter puts one on."
-        raise ValueError(f"{owner}: this {type(model).__name__} carries no adapter. {hint}")
-    return attachment
 
 
 def _layers(model: nn.Module) -> list[AdaptedLayer]:
@@ -146,8 +181,13 @@ def _layers(model: nn.Module) -> list[AdaptedLayer]:
 
 
 def _unload(model: nn.Module, attachment: Attachment) -> nn.Module:
-    for layer in _layers(model):
-        layer.become_plain()
+    for module in list(model.modules()):
+        if isinstance(module, AdaptedLayer):
+            module.become_plain()
+        elif (updates := updates_of(module)) is not None:
+            for update in updates.values():
+                update.detach_from(module)  # type: ignore[operator]
+            delattr(module, ATTRIBUTE)
     for key, parameter in model.named_parameters():
         parameter.requires_grad_(attachment.flags.get(key, True))
     for module, attribute, value in attachment.attributes:
@@ -160,8 +200,10 @@ def _leave_fast_paths(model: nn.Module, attachment: Attachment) -> None:
     # In eval mode without gradients, torch's TransformerEncoderLayer reads the weights of its linear layers and calls
     # one kernel, past any forward of theirs: the adapter would silently do nothing. These two attributes are what its
     # own checks look at.
+    done = {(id(module), attribute) for module, attribute, _ in attachment.attributes}
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoderLayer | nn.TransformerEncoder) and _layers(module):
             attribute = "use_nested_tensor" if isinstance(module, nn.TransformerEncoder) else "activation_relu_or_gelu"
-            attachment.attributes.append((module, attribute, getattr(module, attribute)))
-            setattr(module, attribute, 0)
+            if (id(module), attribute) not in done:
+                attachment.attributes.append((module, attribute, getattr(module, attribute)))
+                setattr(module, attribute, 0)

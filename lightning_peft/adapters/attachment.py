@@ -1,11 +1,11 @@
-"""What a network remembers about the adapter it carries."""
+"""What a network remembers about the adapters it carries."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_peft.adapters.adapter import Adapter
 from lightning_peft.adapters.fingerprint import Fingerprint
@@ -15,34 +15,86 @@ _ATTRIBUTE = "lightning_peft_attachment"
 
 @dataclass
 class Attachment:
-    """The adapter of a network, and what is needed to take it off again.
+    """The adapters of a network, and what is needed to switch between them and to take them off again.
 
     Args:
-        adapter: The adapter as it was asked for.
-        name: The adapter's name, part of its parameters' names.
-        base: Fingerprint of the network before the adapter came, so before any change of precision or sharding.
-        flags: ``requires_grad`` of every parameter of the network before the adapter came.
+        base: Fingerprint of the network before the first adapter came, so before any change of precision or sharding.
+        flags: ``requires_grad`` of every parameter of the network before the first adapter came.
+        adapters: The adapters by name, as they were asked for.
+        trained: Names of the parameters that each adapter trains.
+        active: Name of the adapter that acts, None for the pretrained network.
+        expected: Names of the parameters that ought to require a gradient now.
         ever_trained: Names of the parameters that trained at any time since.
         attributes: Plain attributes that had to change, as (module, attribute, value found).
+        found: Values of base parameters before any adapter trained them.
+        values: Of every adapter that is not active, its own values of base parameters.
     """
 
-    adapter: Adapter
-    name: str
     base: Fingerprint
     flags: dict[str, bool]
+    adapters: dict[str, Adapter] = field(default_factory=dict)
+    trained: dict[str, set[str]] = field(default_factory=dict)
+    active: str | None = None
+    expected: set[str] = field(default_factory=set)
     ever_trained: set[str] = field(default_factory=set)
     attributes: list[tuple[nn.Module, str, Any]] = field(default_factory=list)
+    found: dict[str, Tensor] = field(default_factory=dict)
+    values: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+
+    def base_parameters(self, name: str) -> set[str]:
+        """Return the parameters of the network itself that an adapter trains."""
+        return self.trained[name] & self.flags.keys()
 
 
 def attachment_of(model: nn.Module) -> Attachment | None:
-    """Return what ``model`` remembers about its adapter, or None if it carries none."""
+    """Return what ``model`` remembers about its adapters, or None if it carries none."""
     found = vars(model).get(_ATTRIBUTE)
     assert found is None or isinstance(found, Attachment)
     return found
 
 
+def required_attachment(model: nn.Module, owner: str) -> Attachment:
+    """Return what ``model`` remembers about its adapters.
+
+    Raises:
+        ValueError: If it carries none.
+    """
+    attachment = attachment_of(model)
+    if attachment is None:
+        inside = [path for path, child in model.named_modules() if attachment_of(child) is not None]
+        hint = f"Its module {inside[0]!r} does: pass that one." if inside else "add_adapter puts one on."
+        raise ValueError(f"{owner}: this {type(model).__name__} carries no adapter. {hint}")
+    return attachment
+
+
+def moved_flags(model: nn.Module, attachment: Attachment) -> tuple[list[str], list[str]]:
+    """Return the parameters that were freed and those that were frozen by somebody else since we last set them."""
+    now = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    return sorted(now - attachment.expected), sorted(attachment.expected - now)
+
+
+def check_whole(model: nn.Module, attachment: Attachment, owner: str) -> None:
+    """Refuse a network of which a part with an adapter was replaced.
+
+    Raises:
+        ValueError: With the names that are gone.
+    """
+    here = dict(model.named_parameters(remove_duplicate=False))
+    if gone := sorted(set().union(*attachment.trained.values()) - here.keys()):
+        raise ValueError(
+            f"{owner}: {len(gone)} parameters of the adapter are gone, first {gone[:3]}: the module that held them was "
+            "replaced. Do that before add_adapter."
+        )
+    for name, found in attachment.base.items():
+        if name in here and found.shape != tuple(here[name].shape):
+            raise ValueError(
+                f"{owner}: {name!r} had the shape {found.shape} when the adapter came and has "
+                f"{tuple(here[name].shape)} now, as after resize_token_embeddings. Do that before add_adapter."
+            )
+
+
 def set_attachment(model: nn.Module, attachment: Attachment | None) -> None:
-    """Let ``model`` remember (or forget) its adapter; plain data, so it is copied and pickled with the model."""
+    """Let ``model`` remember (or forget) its adapters; plain data, so it is copied and pickled with the model."""
     if attachment is None:
         vars(model).pop(_ATTRIBUTE, None)
     else:

@@ -11,7 +11,7 @@ from typing_extensions import override
 from lightning_peft.adapters.adapter import Adapter
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class LinearProbe(Adapter):
     """Freeze the network whole; a head outside it is what trains.
 

@@ -1,4 +1,4 @@
-"""LoRA: train a low-rank update beside a frozen linear layer.
+"""LoRA: train a low-rank update beside frozen layers.
 
 ``y = W x + b + (alpha / rank) B A x`` with ``A`` of shape ``(rank, in)`` and ``B`` of shape ``(out, rank)``.
 Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", arXiv:2106.09685, section 4.1.
@@ -7,28 +7,33 @@ Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", arXiv:2106
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any, Literal, TypeVar, get_args, get_type_hints
 
-import torch
-import torch.nn.functional as F  # noqa: N812 - the field's name for it
-from torch import Tensor, nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch import nn
 from typing_extensions import override
 
 from lightning_peft.adapters.adapter import Adapter
-from lightning_peft.adapters.layer import AdaptedLayer, MasterParameters, master_dtype
-from lightning_peft.matching import match_names
-from lightning_peft.tied import tied_weights
+from lightning_peft.adapters.eva import eva_start
+from lightning_peft.adapters.layer_kinds import AdaptedParameters, kind_of
+from lightning_peft.adapters.lora_init import initialise
+from lightning_peft.adapters.lora_targets import Target, own_parameters, select_targets
+from lightning_peft.adapters.lora_update import UPDATES, LoRAUpdate, ParametersLoRA
+from lightning_peft.adapters.updates import Update, place
+
+ValueT = TypeVar("ValueT", int, float)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class LoRA(Adapter):
-    """Low-rank updates on linear layers, everything else frozen.
+    """Low-rank updates on chosen layers, everything else frozen.
 
-    ``B`` starts at zero, so adding the adapter changes no output; ``A`` starts Kaiming-uniform, within ``±1/sqrt(in)``.
-    On a bfloat16 or float16 base both stay float32 and are cast at each use.
+    Layers may be ``nn.Linear``, transformers' ``Conv1D``, ``nn.Conv1d/2d/3d``, ``nn.Embedding``, ``nn.MultiheadAttention`` (its
+    input and output projections) and parameters that hold a matrix per expert. Adding the adapter changes no output: ``B``
+    starts at zero (of an embedding, ``A``), and where a start is another one, the update counts from it. On a bfloat16 or
+    float16 base the matrices stay float32 and are cast at each use.
 
     **The trap:** less capacity is no protection. LoRA moves less than full fine-tuning, and forgets about as much for
     the distance that it moves; put ``ReplayMixing`` beside it.
@@ -36,17 +41,30 @@ class LoRA(Adapter):
     Args:
         rank: Rank of the update, at most the smaller side of every target.
         alpha: The update is scaled by ``alpha / rank``, so that a change of rank needs no new learning rate.
-        targets: Globs over module names relative to the adapted network, or ``"all-linear"``: every linear layer
+        targets: Globs over layer names relative to the adapted network, or ``"all-linear"``: every linear layer
             except an output embedding that shares its weight with the input's, and except the output embedding and the
-            head of a transformers model.
+            head of a transformers model. Of fused experts the name is that of the parameter, ``"*.experts.down_proj"``.
         exclude: Globs of layers to leave out.
-        dropout: Probability of dropping an input of the update during training. It follows the layer's train or eval
-            mode, and networks of ``from_pretrained`` come in eval mode: call ``train()`` on them if dropout is to act.
+        dropout: Probability of dropping an input of the update during training; embeddings, attention in one module and
+            experts have none. It follows the layer's train or eval mode, and networks of ``from_pretrained`` come in eval
+            mode: call ``train()`` on them if dropout is to act.
+        rank_pattern: Ranks of their own, by glob; the first glob that matches a layer counts.
+        alpha_pattern: Likewise for ``alpha``.
+        scaling: ``"lora"`` for ``alpha / rank``, ``"rslora"`` for ``alpha / sqrt(rank)``, which keeps the size of the update
+            where ranks are large (Kalajdzievski 2023, arXiv:2312.03732, section 3).
+        init: Where ``A`` and ``B`` start on linear layers. ``"default"``: Kaiming-uniform and zero. ``"pissa"``: the largest
+            singular directions of ``W`` (Meng et al. 2024, arXiv:2404.02948, section 3). ``"olora"``: the first directions of its
+            QR factors (Büyükakyüz 2024, arXiv:2406.01775). ``"orthogonal"``: orthogonal halves. ``"eva"``: the largest
+            directions of the layer's inputs (Paischer et al. 2024, arXiv:2410.07170, section 3), from the ``batches=`` of
+            ``add_adapter``. ``W`` is not touched by any.
+        dora: Train the length of every row of ``W + update`` apart from its direction (Liu et al. 2024, arXiv:2402.09353).
+        train_also: Globs of modules or parameters of the network that train too, such as a head inside it or its norms.
+        bias: ``"all"`` also trains every bias of the network, ``"lora_only"`` those of the targets.
 
     Raises:
         ValueError: For a value out of range, here; for targets that do not fit a network, when it is adapted.
 
-    >>> LoRA(rank=4, targets=["*.query", "*.value"]).scale
+    >>> LoRA(rank=4, targets=["*.query", "*.value"]).scale_of("layer.0.query")
     4.0
     """
 
@@ -55,35 +73,85 @@ class LoRA(Adapter):
     targets: Literal["all-linear"] | list[str] | tuple[str, ...] = "all-linear"
     exclude: list[str] | tuple[str, ...] = ()
     dropout: float = 0.0
+    rank_pattern: dict[str, int] = field(default_factory=dict, hash=False)
+    alpha_pattern: dict[str, float] = field(default_factory=dict, hash=False)
+    scaling: Literal["lora", "rslora"] = "lora"
+    init: Literal["default", "pissa", "olora", "orthogonal", "eva"] = "default"
+    dora: bool = False
+    train_also: list[str] | tuple[str, ...] = ()
+    bias: Literal["none", "all", "lora_only"] = "none"
 
     def __post_init__(self) -> None:
         """Check what can be known without a network."""
-        if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1:
-            raise ValueError(f"LoRA: rank={self.rank!r} must be a whole number of at least 1.")
+        for name, rank in [("rank", self.rank), *_entries("rank_pattern", self.rank_pattern)]:
+            if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+                raise ValueError(f"LoRA: {name}={rank!r} must be a whole number of at least 1.")
+        for name, alpha in [("alpha", self.alpha), *_entries("alpha_pattern", self.alpha_pattern)]:
+            if not math.isfinite(alpha) or alpha == 0:
+                raise ValueError(f"LoRA: {name}={alpha!r} must be a finite number other than 0.")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"LoRA: dropout={self.dropout!r} must lie in [0, 1).")
-        if not math.isfinite(self.alpha) or self.alpha == 0:
-            raise ValueError(f"LoRA: alpha={self.alpha!r} must be a finite number other than 0.")
         if self.targets != "all-linear" and (isinstance(self.targets, str) or not self.targets):
             raise ValueError(f"LoRA: targets={self.targets!r} must be 'all-linear' or a list of globs.")
-        if isinstance(self.exclude, str):
-            raise ValueError(f"LoRA: exclude={self.exclude!r} must be a list of globs.")
-        for name in ("targets", "exclude"):  # equal and hashable, whichever sequence they came as
+        self._check_choices()
+        for name in ("targets", "exclude", "train_also"):  # equal and hashable, whichever sequence they came as
             value = getattr(self, name)
             object.__setattr__(self, name, value if isinstance(value, str) else tuple(value))
 
-    @property
-    def scale(self) -> float:
-        """The factor ``alpha / rank`` of the update."""
-        return self.alpha / self.rank
+    def _check_choices(self) -> None:
+        hints = get_type_hints(LoRA)
+        for name in ("scaling", "init", "bias"):
+            if getattr(self, name) not in get_args(hints[name]):
+                raise ValueError(f"LoRA: {name}={getattr(self, name)!r} must be one of {list(get_args(hints[name]))}.")
+        for name in ("exclude", "train_also"):
+            if isinstance(getattr(self, name), str):
+                raise ValueError(f"LoRA: {name}={getattr(self, name)!r} must be a list of globs.")
+
+    def rank_of(self, layer: str) -> int:
+        """Return the rank of the update of a layer."""
+        return _first_match(self.rank_pattern, layer, self.rank)
+
+    def alpha_of(self, layer: str) -> float:
+        """Return the ``alpha`` of the update of a layer."""
+        return _first_match(self.alpha_pattern, layer, self.alpha)
+
+    def scale_of(self, layer: str) -> float:
+        """Return the factor of the update of a layer."""
+        rank, alpha = self.rank_of(layer), self.alpha_of(layer)
+        return alpha / (math.sqrt(rank) if self.scaling == "rslora" else rank)
 
     @override
     def insert(self, model: nn.Module, name: str) -> list[str]:
-        layers = self.select(model)
-        self._check(layers)
-        for layer in layers.values():
-            LoRALinear.adapt(layer, self, name)
-        return [f"{layer}.{matrix}.{name}".lstrip(".") for layer in layers for matrix in ("lora_A", "lora_B")]
+        targets = self.select(model)
+        self._check(targets)
+        also = own_parameters(model, self.train_also, self.bias, targets)
+        trained = []
+        for host in dict.fromkeys(target.host for target in targets.values()):
+            mine = {key: target for key, target in targets.items() if target.host == host}
+            update = self._update(model.get_submodule(host), mine)
+            kind = kind_of(model.get_submodule(host)) or AdaptedParameters
+            prefix = place(kind.adapt(model.get_submodule(host)), name, update)
+            trained += [f"{host}.{prefix}{parameter}".lstrip(".") for parameter in update.trainable()]
+        return trained + also
+
+    def _update(self, module: nn.Module, targets: Mapping[str, Target]) -> Update:
+        key, target = next(iter(targets.items()))
+        rank, scale, kind = self.rank_of(key), self.scale_of(key), kind_of(module)
+        if kind is None:
+            return ParametersLoRA(
+                module, [path for t in targets.values() for path in t.parameters], rank=rank, scale=scale
+            )
+        adapted: Any = kind.adapt(module)
+        update: LoRAUpdate = UPDATES[kind](adapted, rank=rank, scale=scale, dropout=self.dropout, dora=self.dora)
+        if not target.on_meta:
+            initialise(update, adapted, self.init)
+        return update
+
+    @override
+    def learn_start(self, model: nn.Module, name: str, batches: Iterable[Any]) -> Adapter:
+        if self.init != "eva":
+            return super().learn_start(model, name, batches)
+        return eva_start(model, name, self, batches)
 
     @override
     def refusal(self, model: nn.Module) -> str | None:
@@ -93,137 +161,36 @@ class LoRA(Adapter):
             return str(error)
         return None
 
-    def select(self, model: nn.Module) -> dict[str, nn.Linear]:
-        """Return the layers of ``model`` that this adapter would adapt, by name.
+    def select(self, model: nn.Module) -> dict[str, Target]:
+        """Return what of ``model`` this adapter would adapt, by name.
 
         Raises:
-            ValueError: If a glob matches no linear layer, or a layer cannot carry the adapter.
+            ValueError: If a glob matches nothing, or a layer shares its weight.
         """
-        linear = linear_layers(model)
-        if self.targets == "all-linear":
-            bypassed = heads_of(model) | output_embeddings(model) | set(attention_projections(model))
-            chosen = [name for name in linear if name not in bypassed]
-        else:
-            chosen = match_names(linear, self.targets, owner="LoRA: target", kind="linear layer")
-        left_out = match_names(linear, self.exclude, owner="LoRA: exclude", kind="linear layer")
-        layers = {name: linear[name] for name in chosen if name not in left_out}
-        if not layers:
-            raise ValueError(
-                f"LoRA: targets={self.targets!r} without exclude={list(self.exclude)!r} leave none of the "
-                f"{len(linear)} linear layers of this {type(model).__name__}."
-            )
-        if tied := tied_weights(model).keys() & layers.keys():
-            raise ValueError(
-                f"LoRA: {sorted(tied)} share their weight with other modules, so merging would change those too. "
-                "Leave them out with exclude=."
-            )
-        for name in attention_projections(model):
-            if name in layers:
-                raise ValueError(
-                    f"LoRA: {name!r} belongs to an nn.MultiheadAttention, which reads its weight without calling it, "
-                    "so an adapter there would do nothing. Leave it out with exclude=."
-                )
-        return layers
+        return select_targets(model, self.targets, self.exclude, owner="LoRA")
 
-    def _check(self, layers: Mapping[str, nn.Linear]) -> None:
-        for name, layer in layers.items():
-            if type(layer) not in (nn.Linear, NonDynamicallyQuantizableLinear):
-                raise ValueError(
-                    f"LoRA: {name!r} is a {type(layer).__name__}, a subclass of nn.Linear with behaviour of its own. "
-                    "Leave it out with exclude=."
-                )
-        sizes = {name: (layer.in_features, layer.out_features) for name, layer in layers.items()}
+    def _check(self, chosen: Mapping[str, Target]) -> None:
+        for pattern in (self.rank_pattern, self.alpha_pattern):
+            if unmatched := [glob for glob in pattern if not any(fnmatchcase(key, glob) for key in chosen)]:
+                raise ValueError(f"LoRA: the pattern {unmatched[0]!r} matches none of the {len(chosen)} targets.")
         small = {
-            name: f"{name!r} ({wide} -> {high})" for name, (wide, high) in sizes.items() if self.rank > min(wide, high)
+            key: f"{key!r} ({t.width} -> {t.out})"
+            for key, t in chosen.items()
+            if self.rank_of(key) > min(t.width, t.out)
         }
         if small:
             raise ValueError(
                 f"LoRA: rank={self.rank} is above the size of {', '.join(small.values())}. "
                 f"Lower the rank, or leave out with exclude={list(small)}."
             )
+        for key, target in chosen.items():
+            if reason := target.refusal(rank=self.rank_of(key), dora=self.dora, init=self.init):
+                raise ValueError(f"LoRA: {key!r} {reason} Leave it out with exclude=[{key!r}].")
 
 
-class LoRALinear(AdaptedLayer, nn.Linear):
-    """A linear layer plus low-rank updates; made in place from an existing layer by :meth:`adapt`."""
-
-    lora_A: MasterParameters  # noqa: N815 - PEFT's names, and the paper's
-    lora_B: MasterParameters  # noqa: N815
-    scales: dict[str, float]
-    dropout: float
-
-    @classmethod
-    def adapt(cls, layer: nn.Linear, lora: LoRA, name: str) -> None:
-        """Turn ``layer`` itself into a LoRALinear; no Parameter of it is touched."""
-        base_class = type(layer)
-        layer.__class__ = cls
-        assert isinstance(layer, LoRALinear)
-        layer.become_adapted(base_class)
-        device, dtype = layer.weight.device, master_dtype(layer.weight.dtype)
-        down = nn.Parameter(torch.empty(lora.rank, layer.in_features, device=device, dtype=dtype))
-        nn.init.kaiming_uniform_(down, a=math.sqrt(5))
-        up = nn.Parameter(torch.zeros(layer.out_features, lora.rank, device=device, dtype=dtype))
-        layer.lora_A, layer.lora_B = MasterParameters({name: down}), MasterParameters({name: up})
-        layer.scales, layer.dropout = {name: lora.scale}, lora.dropout
-
-    @override
-    def forward(self, input: Tensor) -> Tensor:
-        if not self.enabled and self.pristine is not None:
-            return F.linear(input, self.pristine, self.bias)
-        output = F.linear(input, self.weight, self.bias)
-        if self.merged or not self.enabled:
-            return output
-        for name, scale in self.scales.items():
-            dropped = F.dropout(input, self.dropout, self.training)
-            low = F.linear(dropped, self.lora_A[name].to(input.dtype))
-            # The scale rides along in the addition: no pass of its own over the output.
-            output = torch.add(output, F.linear(low, self.lora_B[name].to(input.dtype)), alpha=scale)
-        return output
-
-    @override
-    def merged_weight(self) -> Tensor:
-        weight: Tensor = self.weight.to(master_dtype(self.weight.dtype))
-        for name, scale in self.scales.items():
-            weight = weight + scale * (self.lora_B[name] @ self.lora_A[name]).to(weight.dtype)
-        return weight.to(self.weight.dtype)
-
-    @override
-    def drop_adapter(self) -> None:
-        del self.lora_A, self.lora_B, self.scales, self.dropout
+def _first_match(pattern: Mapping[str, ValueT], name: str, otherwise: ValueT) -> ValueT:
+    return next((value for glob, value in pattern.items() if fnmatchcase(name, glob)), otherwise)
 
 
-def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
-    """Return every ``nn.Linear`` of a network by its dotted name."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-
-
-def attention_projections(model: nn.Module) -> Mapping[str, nn.Linear]:
-    """Return the linear layers inside ``nn.MultiheadAttention``, whose forward never calls them."""
-    attentions = [name for name, module in model.named_modules() if isinstance(module, nn.MultiheadAttention)]
-    inside = {f"{attention}.out_proj".lstrip(".") for attention in attentions}
-    return {name: layer for name, layer in linear_layers(model).items() if name in inside}
-
-
-def output_embeddings(model: nn.Module) -> set[str]:
-    """Return the linear layers that share their weight with an embedding."""
-    linear, modules = linear_layers(model), dict(model.named_modules())
-    return {
-        name
-        for name, others in tied_weights(model).items()
-        if name in linear and any(isinstance(modules[other], nn.Embedding) for other in others)
-    }
-
-
-def heads_of(model: nn.Module) -> set[str]:
-    """Return the linear layers of a transformers model outside its base model: output embedding, classifier head.
-
-    Empty for other networks. transformers is not imported: its models say what their base is.
-    """
-    prefix = getattr(model, "base_model_prefix", "")
-    base = getattr(model, prefix, None) if prefix else None
-    get_output: Any = getattr(model, "get_output_embeddings", None)
-    output = get_output() if callable(get_output) else None
-    return {
-        name
-        for name, layer in linear_layers(model).items()
-        if layer is output or (isinstance(base, nn.Module) and not name.startswith(f"{prefix}."))
-    }
+def _entries(name: str, pattern: Mapping[str, ValueT]) -> list[tuple[str, ValueT]]:
+    return [(f"{name}[{glob!r}]", value) for glob, value in pattern.items()]

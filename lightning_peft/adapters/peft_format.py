@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,162 +14,206 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lightning_peft.adapters.attach import add_adapter, remove_adapter
-from lightning_peft.adapters.attachment import attachment_of
-from lightning_peft.adapters.lora import LoRA, LoRALinear
+from lightning_peft.adapters.attachment import attachment_of, check_whole, required_attachment
+from lightning_peft.adapters.peft_config import CONFIG, DESCRIPTIVE, WRITERS, adapter_from_config
+from lightning_peft.adapters.peft_tensors import PREFIX, entries
+from lightning_peft.adapters.switch import check_known, set_adapter
 from lightning_peft.files import write_atomic, write_text
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-_PREFIX = "base_model.model."
-_REQUIRED = ("peft_type", "r", "lora_alpha", "target_modules")
-# Fields that change what the adapter computes. Anything but these values is refused, not ignored.
-_WRITTEN: dict[str, Any] = {
-    "use_rslora": False,
-    "use_dora": False,
-    "lora_bias": False,
-    "fan_in_fan_out": False,
-    "bias": "none",
-    "rank_pattern": {},
-    "alpha_pattern": {},
-    "modules_to_save": None,
-    "layers_to_transform": None,
-    "layers_pattern": None,
-}
-# The same, of later PEFT releases: left out when writing, since an earlier one warns of fields that it does not know.
-_LATER = dict.fromkeys(
-    (
-        "trainable_token_indices",
-        "target_parameters",
-        "layer_replication",
-        "alora_invocation_tokens",
-        "use_qalora",
-        "use_bdlora",
-        "arrow_config",
-        "kasa_config",
-    )
-)
+WEIGHTS, OLD_WEIGHTS = "adapter_model.safetensors", "adapter_model.bin"
+_LISTED = 10
 
 
-def save_adapter(model: nn.Module, path: str | Path, *, base: str | None = None) -> Path:
-    """Write the LoRA of a network in PEFT's layout, so that PEFT and transformers read it too.
+def save_adapter(module: nn.Module, path: str | Path, *, name: str | None = None, base: str | None = None) -> Path:
+    """Write an adapter in PEFT's layout, so that PEFT, transformers and vLLM read it too.
+
+    Each file is replaced in one step. The weights carry a copy of the configuration, so that a run that was killed between
+    the two files cannot leave a pair that loads with another one's scale.
 
     Args:
-        model: An adapted network.
+        module: An adapted network, or a module around one; names in the file are relative to the network.
         path: The folder to write.
+        name: Which of several adapters; the active one by default.
         base: Name of the pretrained network, for the record.
 
     Raises:
-        ValueError: If the network carries no LoRA.
+        ValueError: If the network carries no such adapter, PEFT has no format for it, or a tensor is empty.
+
+    >>> import tempfile
+    >>> from lightning_peft import LoRA
+    >>> net = add_adapter(nn.Sequential(nn.Linear(8, 8)), LoRA(rank=2))
+    >>> sorted(file.name for file in save_adapter(net, tempfile.mkdtemp()).iterdir())
+    ['adapter_config.json', 'adapter_model.safetensors']
     """
-    attachment = attachment_of(model)
-    if attachment is None or not isinstance(attachment.adapter, LoRA):
-        carried = "no adapter" if attachment is None else repr(attachment.adapter)
-        raise ValueError(
-            f"save_adapter: only a LoRA can be written yet, and this {type(model).__name__} has {carried}."
-        )
-    lora, name, folder = attachment.adapter, attachment.name, Path(path)
-    layers = {key: layer for key, layer in model.named_modules() if isinstance(layer, LoRALinear)}
-    weights = {
-        f"{_PREFIX}{key}.{matrix}.weight": getattr(layer, matrix)[name].detach().clone().cpu().contiguous()
-        for key, layer in layers.items()
-        for matrix in ("lora_A", "lora_B")
-    }
-    config = {
-        **_WRITTEN,
-        "peft_type": "LORA",
-        "task_type": None,
-        "base_model_name_or_path": base,
-        "revision": None,
-        "inference_mode": True,
-        "r": lora.rank,
-        "lora_alpha": lora.alpha,
-        "lora_dropout": lora.dropout,
-        # An exact expression: PEFT would match a name in a list against the end of longer names too.
-        "target_modules": "|".join(re.escape(key) for key in layers),
-        "exclude_modules": None,
-        "init_lora_weights": True,
-    }
-    write_atomic(folder / WEIGHTS, lambda draft: save_file(weights, draft, metadata={"format": "pt"}))
-    write_text(folder / CONFIG, json.dumps(config, indent=2, sort_keys=True))
+    model = _adapted(module)
+    attachment = required_attachment(model, "save_adapter")
+    check_whole(model, attachment, "save_adapter")
+    name = name or attachment.active or next(iter(attachment.adapters))
+    check_known(attachment, [name], "save_adapter")
+    adapter, folder = attachment.adapters[name], Path(path)
+    if type(adapter) not in WRITERS:
+        kinds = ", ".join(sorted(kind.__name__ for kind in WRITERS))
+        raise ValueError(f"save_adapter: PEFT has no format for {adapter!r}; these can be written: {kinds}.")
+    weights = {key: entry.read() for key, entry in entries(model, attachment, name).items()}
+    if empty := [key for key, value in weights.items() if not value.numel()]:
+        raise ValueError(f"save_adapter: {empty} are empty. Gather a sharded network before it is saved.")
+    record = {"task_type": None, "base_model_name_or_path": base, "revision": None, "inference_mode": True}
+    config = json.dumps({**record, **WRITERS[type(adapter)](model, attachment, name)}, indent=2, sort_keys=True)
+    metadata = {"format": "pt", "config": config}
+    write_atomic(folder / WEIGHTS, lambda draft: save_file(weights, draft, metadata=metadata))
+    write_text(folder / CONFIG, config)
     return folder
 
 
-def load_adapter(model: nn.Module, path: str | Path, *, name: str = "default") -> nn.Module:
-    """Add the LoRA that a PEFT folder holds to a bare network; every tensor must find its place.
+def load_adapter(module: nn.Module, path: str | Path, *, name: str = "default") -> nn.Module:
+    """Add the adapter that a PEFT folder holds to a network; every tensor must find its place.
 
     Args:
-        model: A network without an adapter, changed in place.
+        module: A network without an adapter of that name, changed in place, or a module around one: then the names in the
+            file choose the child that they belong to.
         path: The folder.
-        name: Name for the adapter.
+        name: Name for the adapter. If the network has others already, it waits for ``set_adapter``.
 
     Raises:
         ValueError: If the folder holds another method or an option we do not compute, or a tensor is missing, left
-            over, or of another shape.
+            over, or of another shape. The network is as it was then.
     """
     folder = Path(path)
-    for file in (CONFIG, WEIGHTS):
-        if not (folder / file).is_file():
-            raise ValueError(f"load_adapter: {folder} has no {file}. Give the folder that save_adapter or PEFT wrote.")
-    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    weights = _read_weights(folder / WEIGHTS)
-    add_adapter(model, _lora(config, model), name)
+    config, weights = _read_folder(folder)
+    model = _network_of(module, weights)
+    return _take(module, model, config, weights, name, source=str(folder), live=False)
+
+
+def from_peft(peft_model: Any) -> nn.Module:
+    """Take the adapters of a live ``peft.PeftModel`` over: return its base network with ours in their place.
+
+    The ``PeftModel`` is taken apart. Adapters keep their names, and the active one stays active.
+
+    Args:
+        peft_model: What ``peft.get_peft_model`` or ``PeftModel.from_pretrained`` returned.
+
+    Raises:
+        ValueError: If it holds a method or an option that we do not compute.
+        TypeError: If it is no ``PeftModel``.
+    """
+    if not hasattr(peft_model, "peft_config") or not hasattr(peft_model, "get_base_model"):
+        raise TypeError(f"from_peft: {type(peft_model).__name__} is no peft.PeftModel.")
+    from peft import get_peft_model_state_dict  # noqa: PLC0415 - only who comes from there has it
+
+    active = peft_model.active_adapter
+    found = {
+        name: (_plain(config.to_dict()), dict(get_peft_model_state_dict(peft_model, adapter_name=name)))
+        for name, config in peft_model.peft_config.items()
+    }
+    unload = getattr(peft_model.base_model, "unload", None)
+    model: nn.Module = unload() if callable(unload) else peft_model.get_base_model()
+    for config, _ in found.values():
+        adapter_from_config(
+            config, model, live=True
+        )  # all or none: what cannot be read is refused before anything is added
+    for name, (config, weights) in found.items():
+        values = {key: value.detach().clone() for key, value in weights.items()}
+        _take(model, model, config, values, name, source="the PeftModel", live=True)
+    return set_adapter(model, active)
+
+
+def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
+
+
+def _take(
+    module: nn.Module,
+    model: nn.Module,
+    config: Mapping[str, Any],
+    weights: dict[str, Tensor],
+    name: str,
+    *,
+    source: str,
+    live: bool,
+) -> nn.Module:
+    add_adapter(model, adapter_from_config(config, model, live=live), name)
     try:
-        _fill(model, name, weights, folder)
+        _fill(model, name, weights, source)
     except ValueError:
-        remove_adapter(model)
+        remove_adapter(model, name)
         raise
-    return model
+    return module
 
 
-def _read_weights(file: Path) -> dict[str, Tensor]:
+def _adapted(module: nn.Module) -> nn.Module:
+    """Return the adapted network that ``module`` is or holds."""
+    inside = [child for child in module.modules() if attachment_of(child) is not None]
+    return inside[0] if len(inside) == 1 else module
+
+
+def _network_of(module: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module:
+    """Return the network that the names in a file belong to: ``module``, its adapted network, or the child that has them."""
+    adapted = _adapted(module)
+    if attachment_of(adapted) is not None:
+        return adapted
+    first = {key.removeprefix(PREFIX).partition(".")[0] for key in weights if key.startswith(PREFIX)}
+    fits = [
+        net
+        for net in (module, *module.children())
+        if first <= dict(net.named_children()).keys() | dict(net.named_parameters(recurse=False)).keys()
+    ]
+    if not first:
+        fits = [net for net in (module, *module.children()) if hasattr(net, "config") and hasattr(net, "base_model")]
+    return fits[0] if fits else module
+
+
+def _read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    file = (
+        folder / WEIGHTS
+        if (folder / WEIGHTS).is_file() or not (folder / OLD_WEIGHTS).is_file()
+        else folder / OLD_WEIGHTS
+    )
+    for needed in (folder / CONFIG, file):
+        if not needed.is_file():
+            raise ValueError(
+                f"load_adapter: {folder} has no {needed.name}. Give the folder that save_adapter or PEFT wrote; an adapter "
+                "with another name than 'default' lies in a folder of that name within."
+            )
+    weights, written = _read_weights(file)
     try:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        assert isinstance(config, dict)
+    except (ValueError, AssertionError) as error:
+        raise ValueError(f"load_adapter: {folder / CONFIG} is damaged ({error}). Copy it again.") from error
+    changed = sorted(key for key in written.keys() | config.keys() if written.get(key) != config.get(key))
+    if written and (changed := [key for key in changed if key not in DESCRIPTIVE]):
+        raise ValueError(
+            f"load_adapter: {CONFIG} is not the one that {file.name} was saved with: {changed} differ. A save was "
+            "interrupted, or the file was edited. Save again."
+        )
+    # Adapters' names are no part of PEFT's keys; some writers leave "default" in.
+    return config, {re.sub(r"\.default(?=\.|$)", "", key): value for key, value in weights.items()}
+
+
+def _read_weights(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    try:
+        if file.suffix == ".bin":
+            return torch.load(file, map_location="cpu", weights_only=True), {}
         with safe_open(file, framework="pt") as stream:
-            return {key: stream.get_tensor(key) for key in stream.keys()}  # noqa: SIM118 - not a dict
+            written = json.loads((stream.metadata() or {}).get("config", "{}"))
+            return {key: stream.get_tensor(key) for key in stream.keys()}, written  # noqa: SIM118 - not a dict
     except Exception as error:
         raise ValueError(f"load_adapter: {file} is damaged ({error}). Copy or train it again.") from error
 
 
-def _lora(config: dict[str, Any], model: nn.Module) -> LoRA:
-    if missing := [key for key in _REQUIRED if config.get(key) is None]:
-        raise ValueError(f"load_adapter: {CONFIG} lacks {missing}; PEFT would guess them, and a wrong guess is silent.")
-    if config["peft_type"] != "LORA":
-        raise ValueError(f"load_adapter: peft_type={config['peft_type']!r} cannot be read yet; only LORA can.")
-    plain = {**_WRITTEN, **_LATER}
-    # An empty dict or list, false and null mean the same in these fields.
-    strange = {
-        key: config[key] for key in plain.keys() & config.keys() if (config[key] or None) != (plain[key] or None)
-    }
-    if strange:
-        raise ValueError(f"load_adapter: {CONFIG} asks for {strange}, which cannot be computed yet.")
-    targets = config["target_modules"]
-    linear = [key for key, layer in model.named_modules() if isinstance(layer, nn.Linear)]
-    if isinstance(targets, str):
-        names = linear if targets == "all-linear" else [key for key in linear if re.fullmatch(targets, key)]
-    else:
-        names = [key for key in linear if any(key == t or key.endswith(f".{t}") for t in targets)]
-    if not names:
-        raise ValueError(f"load_adapter: target_modules={targets!r} matches no linear layer of {type(model).__name__}.")
-    return LoRA(rank=config["r"], alpha=config["lora_alpha"], targets=names, dropout=config.get("lora_dropout", 0.0))
-
-
-def _fill(model: nn.Module, name: str, weights: dict[str, Tensor], folder: Path) -> None:
-    layers = {key: layer for key, layer in model.named_modules() if isinstance(layer, LoRALinear)}
-    places = {
-        f"{_PREFIX}{key}.{matrix}.weight": getattr(layer, matrix)[name]
-        for key, layer in layers.items()
-        for matrix in ("lora_A", "lora_B")
-    }
+def _fill(model: nn.Module, name: str, weights: dict[str, Tensor], source: str) -> None:
+    places = entries(model, required_attachment(model, "load_adapter"), name)
     wrong = [f"missing: {key}" for key in sorted(places.keys() - weights.keys())]
     wrong += [f"left over: {key}" for key in sorted(weights.keys() - places.keys())]
     wrong += [
-        f"shape {tuple(weights[key].shape)} in the file, {tuple(place.shape)} in the network: {key}"
+        f"shape {tuple(weights[key].shape)} in the file, {place.shape} in the network: {key}"
         for key, place in places.items()
-        if key in weights and weights[key].shape != place.shape
+        if key in weights and tuple(weights[key].shape) != place.shape
     ]
     if wrong:
-        listed = "\n".join(f"  {line}" for line in wrong[:10])
+        listed = "\n".join(f"  {line}" for line in wrong[:_LISTED])
         raise ValueError(
-            f"load_adapter: {folder} does not fit this {type(model).__name__}, in {len(wrong)} keys:\n{listed}"
+            f"load_adapter: {source} does not fit this {type(model).__name__}, in {len(wrong)} keys:\n{listed}"
         )
-    with torch.no_grad():
-        for key, place in places.items():
-            place.copy_(weights[key])
+    for key, place in places.items():
+        place.write(weights[key])

@@ -36,7 +36,7 @@ def adapted(module: type[ModuleT], adapter: Adapter = LoRA(), *, backbone: str |
     >>> net = adapted(BoringModel, LoRA(rank=2), backbone=".")()
     >>> net.configure_model()
     >>> [name for name, parameter in net.named_parameters() if parameter.requires_grad]
-    ['layer.lora_A.default', 'layer.lora_B.default']
+    ['layer.adapters.default.lora_A', 'layer.adapters.default.lora_B']
     """
     if isinstance(module, type):
         refuse_pytorch_lightning(module, "adapted")

@@ -5,21 +5,19 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from contextvars import ContextVar
-from typing import Any, Self, cast
+from typing import Any, Self
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import StochasticWeightAveraging
-from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
 from typing_extensions import override
 
-from lightning_peft.adapters import Adapter, add_adapter
-from lightning_peft.adapters.attachment import Attachment, attachment_of
+from lightning_peft.adapters import Adapter, add_adapter, set_adapter
+from lightning_peft.adapters.attachment import Attachment, attachment_of, check_whole
 from lightning_peft.adapters.backbone import WHOLE, find_backbone, prefix_of, submodule, unknown_backbone
-from lightning_peft.adapters.layer import is_merged
 from lightning_peft.checkpointing import complete, peek, read_record, refresh_base, slim
 from lightning_peft.freezing import trainable_count, trainable_names
 from lightning_peft.logging import log_values
+from lightning_peft.mixins.guards import refuse_dead_adapters, refuse_fit, warn_of_moved_flags
 from lightning_peft.mixins.order import is_mixin, refuse_order
 
 # The record of the checkpoint that is being loaded, for the __init__ that rebuilds the module.
@@ -52,6 +50,8 @@ class AdapterMixin(pl.LightningModule):
 
     adapter: Adapter | None
     backbone_name: str | None = None
+    conditional_adapters: bool = False
+    """Set this where a batch does not use every adapted layer, as in a mixture of experts: none is taken for dead then."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Refuse an order of bases in which the mixin would be skipped."""
@@ -73,7 +73,7 @@ class AdapterMixin(pl.LightningModule):
             else:
                 del self.hparams[name]
         loaded = _LOADING.get()
-        self.adapter = as_adapter(loaded["adapter"] if loaded else adapter)
+        self.adapter = as_adapter(next(iter(loaded["adapters"].values())) if loaded else adapter)
         if loaded:
             self.backbone_name = loaded["backbone"]
         elif backbone is not None and "backbone" not in own.parameters:
@@ -162,6 +162,19 @@ class AdapterMixin(pl.LightningModule):
         return super().load_state_dict(state_dict, *args, **kwargs)
 
     @override
+    def on_train_start(self) -> None:
+        super().on_train_start()
+        warn_of_moved_flags(self.trainer, self, self._attached())
+
+    @override
+    def on_after_backward(self) -> None:
+        super().on_after_backward()
+        if not vars(self).get("_gradients_checked"):
+            self._gradients_checked = True
+            if self.automatic_optimization and not self.conditional_adapters:
+                refuse_dead_adapters(self.trainer, self, self._attached())
+
+    @override
     def on_before_optimizer_step(self, optimizer: Any) -> None:
         super().on_before_optimizer_step(optimizer)
         self._attached().ever_trained.update(trainable_names(self.adapted_network))
@@ -175,6 +188,8 @@ class AdapterMixin(pl.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
         attachment = self._attached()
+        check_whole(self.adapted_network, attachment, type(self).__name__)
+        warn_of_moved_flags(self.trainer, self, attachment)
         slim(checkpoint, self, self.backbone_name or WHOLE, attachment)
         # A module that keeps one object of hyper-parameters, save_hyperparameters(cfg), is rebuilt as Module(cfg=...):
         # Lightning looks for that name in the signature of the mixin, where it is not.
@@ -187,7 +202,13 @@ class AdapterMixin(pl.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
         self.attach_adapter()
-        complete(checkpoint, self, self.backbone_name or WHOLE, self._attached())
+        record, _ = read_record(checkpoint)
+        attachment = self._attached()
+        for name in record["adapters"].keys() - attachment.adapters.keys():
+            add_adapter(self.adapted_network, Adapter.from_plain(record["adapters"][name]), name)
+        if record.get("active") in {None, *attachment.adapters} - {attachment.active}:
+            set_adapter(self.adapted_network, record.get("active"))
+        complete(checkpoint, self, self.backbone_name or WHOLE, attachment)
 
     def _attachment(self) -> Attachment | None:
         """What the backbone remembers about its adapter; None before it comes (the network may not be built yet)."""
@@ -223,26 +244,3 @@ def own_signature(cls: type) -> inspect.Signature:
         if "__init__" in vars(base) and not is_mixin(base) and not issubclass(base, AdapterMixin):
             return inspect.signature(vars(base)["__init__"])
     return inspect.Signature()
-
-
-def refuse_fit(trainer: pl.Trainer, module: AdapterMixin, *, attached: bool) -> None:
-    """Stop a run that could not end well.
-
-    Raises:
-        ValueError: For a merged adapter, a resume under FSDP2, and weight averaging that copies the module too early.
-    """
-    name = type(module).__name__
-    if is_merged(module):
-        raise ValueError(f"{name}: the adapter is merged, so nothing of it would train. Call unmerge_adapter first.")
-    if isinstance(trainer.strategy, ModelParallelStrategy) and trainer.ckpt_path is not None:
-        raise ValueError(
-            f"{name}: ckpt_path={str(trainer.ckpt_path)!r}: under FSDP2 a checkpoint of what trains cannot be resumed "
-            "yet. Resume with strategy='ddp'."
-        )
-    if not attached and any(
-        isinstance(callback, StochasticWeightAveraging) for callback in cast("Any", trainer).callbacks
-    ):
-        raise ValueError(
-            f"{name}: StochasticWeightAveraging copies the module before the adapter comes. Call attach_adapter() on "
-            "the module before fit, or use WeightAveraging."
-        )

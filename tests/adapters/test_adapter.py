@@ -17,7 +17,7 @@ def test_plain_data_survives_json_and_gives_the_adapter_back(adapter):
 
 def test_plain_data_carries_format_version_and_kind():
     plain = LoRA().to_plain()
-    assert (plain["format"], plain["version"], plain["kind"]) == (1, __version__, "LoRA")
+    assert (plain["format"], plain["version"], plain["kind"]) == (2, __version__, "LoRA")
 
 
 @pytest.mark.parametrize(

@@ -44,7 +44,12 @@ def test_what_trains_is_what_the_adapter_says():
     for adapter in ADAPTERS:
         model = add_adapter(small(), adapter)
         trains[names(adapter)] = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    assert trains["LoRA"] == ["0.lora_A.default", "0.lora_B.default", "2.lora_A.default", "2.lora_B.default"]
+    assert trains["LoRA"] == [
+        "0.adapters.default.lora_A",
+        "0.adapters.default.lora_B",
+        "2.adapters.default.lora_A",
+        "2.adapters.default.lora_B",
+    ]
     assert trains["LinearProbe"] == []
     assert trains["FullFinetune"] == ["0.weight", "0.bias", "2.weight"]
 
@@ -70,7 +75,7 @@ def test_unmerging_restores_bits_in_every_dtype(dtype):
 def test_a_merged_weight_is_rounded_once():
     model = trained(small().to(torch.bfloat16))
     layer = model[0]
-    a, b = (layer.lora_A["default"].double(), layer.lora_B["default"].double())
+    a, b = (layer.adapters["default"].lora_A.double(), layer.adapters["default"].lora_B.double())
     exact = (layer.weight.double() + 8 * b @ a).detach()
     merge_adapter(model)
     assert ((layer.weight.double() - exact).abs() <= exact.abs() * 2**-8).all()
@@ -138,9 +143,9 @@ def test_functions_refuse_a_network_without_adapter(function):
 
 def test_a_network_is_adapted_once():
     model = add_adapter(small(), LoRA(rank=2))
-    with pytest.raises(ValueError, match="'the network' already carries the adapter 'default'"):
+    with pytest.raises(ValueError, match="the network already carries an adapter 'default'"):
         add_adapter(model, LoRA(rank=2))
-    with pytest.raises(ValueError, match="'0' already carries"):
+    with pytest.raises(ValueError, match="'0' inside already carries"):
         add_adapter(nn.Sequential(model), LoRA(rank=2))
     with pytest.raises(ValueError, match="name='a.b' must be a plain identifier"):
         add_adapter(small(), LoRA(rank=2), name="a.b")

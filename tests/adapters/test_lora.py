@@ -3,13 +3,14 @@
 import ast
 import copy
 import pickle
+import re
 
 import pytest
 import torch
 from torch import nn
 
 from lightning_peft import LoRA, add_adapter
-from lightning_peft.adapters.lora import LoRALinear
+from lightning_peft.adapters.layer import AdaptedLayer
 
 
 def small() -> nn.Sequential:
@@ -31,7 +32,7 @@ def test_adding_an_adapter_changes_no_output_and_no_base_key():
     add_adapter(model, LoRA(rank=2))
     assert torch.equal(model(x), before)
     assert keys < set(model.state_dict())
-    assert set(model.state_dict()) - keys == {f"{i}.lora_{m}.default" for i in (0, 2) for m in "AB"}
+    assert set(model.state_dict()) - keys == {f"{i}.adapters.default.lora_{m}" for i in (0, 2) for m in "AB"}
 
 
 def test_a_layer_stays_the_same_object_with_the_same_parameters():
@@ -40,7 +41,7 @@ def test_a_layer_stays_the_same_object_with_the_same_parameters():
     values = weight.detach().clone()
     add_adapter(model, LoRA(rank=2))
     assert model[0] is layer
-    assert isinstance(layer, LoRALinear)
+    assert isinstance(layer, AdaptedLayer)
     assert layer.weight is weight
     assert layer.bias is bias
     assert torch.equal(weight, values)
@@ -49,7 +50,7 @@ def test_a_layer_stays_the_same_object_with_the_same_parameters():
 def test_the_output_is_the_formula_in_float64():
     model, x = trained(small().double(), alpha=6.0), torch.randn(3, 5, 6, dtype=torch.float64)
     layer = model[0]
-    a, b = layer.lora_A["default"], layer.lora_B["default"]
+    a, b = layer.adapters["default"].lora_A, layer.adapters["default"].lora_B
     expected = x @ layer.weight.T + layer.bias + 6.0 / 2 * (x @ a.T @ b.T)
     assert torch.allclose(layer(x), expected, rtol=0, atol=1e-12)
 
@@ -65,7 +66,7 @@ def test_dropout_acts_on_the_update_alone_and_only_in_training():
     model = add_adapter(small(), LoRA(rank=2, dropout=0.5))
     x = torch.randn(5, 6)
     assert torch.equal(model.train()(x), model.eval()(x))  # B is zero: nothing of the base may be dropped
-    nn.init.normal_(model[0].lora_B["default"])
+    nn.init.normal_(model[0].adapters["default"].lora_B)
     assert not torch.equal(model.train()(x), model(x))
     assert torch.equal(model.eval()(x), model(x))
 
@@ -73,18 +74,18 @@ def test_dropout_acts_on_the_update_alone_and_only_in_training():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_masters_stay_float32_on_a_half_precision_base(dtype):
     model = add_adapter(small().to(dtype), LoRA(rank=2))
-    assert model[0].lora_A["default"].dtype == torch.float32
+    assert model[0].adapters["default"].lora_A.dtype == torch.float32
     assert model(torch.randn(2, 6, dtype=dtype)).dtype == dtype
     late = add_adapter(small(), LoRA(rank=2))
-    value = late[0].lora_A["default"].detach().clone()
+    value = late[0].adapters["default"].lora_A.detach().clone()
     late.to(dtype)
     assert late[0].weight.dtype == dtype
-    assert torch.equal(late[0].lora_A["default"], value)
+    assert torch.equal(late[0].adapters["default"].lora_A, value)
 
 
 def test_a_wider_base_has_a_wider_adapter():
-    assert add_adapter(small().double(), LoRA(rank=2))[0].lora_A["default"].dtype == torch.float64
-    assert add_adapter(small(), LoRA(rank=2)).double()[0].lora_A["default"].dtype == torch.float64
+    assert add_adapter(small().double(), LoRA(rank=2))[0].adapters["default"].lora_A.dtype == torch.float64
+    assert add_adapter(small(), LoRA(rank=2)).double()[0].adapters["default"].lora_A.dtype == torch.float64
 
 
 def test_autocast_runs_forward_and_backward():
@@ -93,7 +94,7 @@ def test_autocast_runs_forward_and_backward():
         output = model(torch.randn(5, 6))
     output.float().sum().backward()
     assert output.dtype == torch.bfloat16
-    assert model[0].lora_A["default"].grad.dtype == torch.float32
+    assert model[0].adapters["default"].lora_A.grad.dtype == torch.float32
 
 
 @pytest.mark.parametrize("again", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
@@ -101,7 +102,7 @@ def test_a_copy_computes_the_same_and_shares_nothing(again):
     model, x = trained(small()), torch.randn(5, 6)
     other = again(model)
     assert torch.equal(other(x), model(x))
-    nn.init.zeros_(other[0].lora_B["default"])
+    nn.init.zeros_(other[0].adapters["default"].lora_B)
     assert not torch.equal(other(x), model(x))
 
 
@@ -121,11 +122,10 @@ def test_the_fast_path_of_torch_encoders_does_not_skip_the_adapter():
     assert not torch.allclose(fast[keep], plain[keep], atol=1e-2)
 
 
-def test_attention_projections_are_left_out_and_refused_by_name():
+def test_attention_in_one_module_is_a_target_itself_and_none_of_all_linear():
     model = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
-    assert "self_attn.out_proj" not in LoRA().select(model)
-    with pytest.raises(ValueError, match=r"'self_attn.out_proj' belongs to an nn.MultiheadAttention"):
-        add_adapter(model, LoRA(targets=["*"]))
+    assert list(LoRA().select(model)) == ["linear1", "linear2"]
+    assert list(LoRA(targets=["*"]).select(model)) == ["self_attn", "linear1", "linear2"]
 
 
 def test_a_weight_that_belongs_to_another_module_too_is_refused():
@@ -170,8 +170,8 @@ def test_targets_and_exclude_choose_by_glob():
         (lambda: LoRA(targets=[]), r"targets=\[\]"),
         (lambda: LoRA(targets="query"), "targets='query'"),
         (lambda: LoRA(exclude="query"), "exclude='query'"),
-        (lambda: LoRA(targets=["00"]), "'00' matches none of 2 linear layers. Nearest: 0, 2"),
-        (lambda: LoRA(exclude=["*"]), "leave none of the 2 linear layers"),
+        (lambda: LoRA(targets=["00"]), "'00' matches none of 2 layers. Nearest: 0, 2"),
+        (lambda: LoRA(exclude=["*"]), "leave none of the 2 layers"),
         (lambda: LoRA(rank=5, targets=["2"]), r"rank=5 is above the size of '2' \(8 -> 4\)"),
     ],
 )
@@ -179,7 +179,7 @@ def test_bad_input_names_the_value_and_leaves_the_network_alone(lora, message):
     model = small()
     with pytest.raises(ValueError, match=message):
         add_adapter(model, lora())
-    assert all(type(layer) is not LoRALinear and p.requires_grad for layer in model for p in layer.parameters())
+    assert all(not isinstance(layer, AdaptedLayer) and p.requires_grad for layer in model for p in layer.parameters())
     add_adapter(model, LoRA(rank=2))
 
 
@@ -235,7 +235,7 @@ def test_one_training_step_equals_peft_s():
     ours = add_adapter(copy.deepcopy(base), LoRA(rank=2, alpha=6, targets=["0", "2"]))
     theirs = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(r=2, lora_alpha=6, target_modules=["0", "2"]))
     state = {
-        name.removeprefix("base_model.model.").replace(".default.weight", ".default"): value
+        re.sub(r"base_model\.model\.(\d)\.(lora_.)\.default\.weight", r"\1.adapters.default.\2", name): value
         for name, value in theirs.state_dict().items()
         if "lora_" in name
     }

@@ -77,7 +77,7 @@ def test_the_star_never_thaws_the_base_under_a_lora(fit):
     net = LoRAToy()
     fit(net, FreezeSchedule.head_first("head", steps=1))
     assert torch.equal(net.backbone[0].weight, Toy().backbone[0].weight)
-    assert net.backbone[0].lora_B["default"].abs().max() > 0
+    assert net.backbone[0].adapters["default"].lora_B.abs().max() > 0
 
 
 def test_thaw_base_frees_the_base_although_the_optimizer_filters(fit, tmp_path):
@@ -86,7 +86,7 @@ def test_thaw_base_frees_the_base_although_the_optimizer_filters(fit, tmp_path):
     moved = Moved()
     trainer = fit(net, schedule, moved)
     assert moved.steps[0] == HEAD
-    assert {"backbone.0.weight", "backbone.0.lora_B.default"} < moved.steps[1]
+    assert {"backbone.0.weight", "backbone.0.adapters.default.lora_B"} < moved.steps[1]
     assert moved.steps[2:] == [HEAD, HEAD]
     # The base has left the pretrained weights: the checkpoint must hold it, also now that it is frozen again.
     trainer.save_checkpoint(tmp_path / "net.ckpt")

@@ -136,10 +136,10 @@ def test_the_whole_module_is_adapted_and_comes_back_from_its_checkpoint(fit, tmp
     head = net.classifier.weight.detach().clone()
     trainer = fit(net, epochs=1)
     assert torch.equal(net.classifier.weight, head)
-    assert net.encoder[0].lora_B["default"].abs().max() > 0
+    assert net.encoder[0].adapters["default"].lora_B.abs().max() > 0
     trainer.save_checkpoint(tmp_path / "net.ckpt")
     stored = torch.load(tmp_path / "net.ckpt", weights_only=True)["state_dict"]
-    assert sorted(stored) == [f"encoder.{i}.lora_{m}.default" for i in (0, 2) for m in "AB"]
+    assert sorted(stored) == [f"encoder.{i}.adapters.default.lora_{m}" for i in (0, 2) for m in "AB"]
     torch.manual_seed(0)
     base = Renamed()
     base.classifier.weight.data.copy_(head)

@@ -62,12 +62,12 @@ def lora() -> LoRA:
 def test_the_mixin_alone_freezes_the_backbone_and_trains_the_rest(kind, fit):
     net = kind(adapter=lora())
     fit(net)
-    lora_names = [f"backbone.{i}.lora_{m}.default" for i in (0, 2) for m in "AB"]
+    lora_names = [f"backbone.{i}.adapters.default.lora_{m}" for i in (0, 2) for m in "AB"]
     assert sorted(trainable_names(net)) == sorted([*lora_names, "head.weight", "head.bias"])
     pretrained = Toy().backbone
     for i in (0, 2):
         assert torch.equal(net.backbone[i].weight, pretrained[i].weight)
-        assert net.backbone[i].lora_B["default"].abs().max() > 0
+        assert net.backbone[i].adapters["default"].lora_B.abs().max() > 0
 
 
 def test_attaching_twice_is_attaching_once():
@@ -136,8 +136,8 @@ def test_a_checkpoint_holds_what_trains_and_plain_data(fit, tmp_path):
     checkpoint = torch.load(saved(net, fit, tmp_path), weights_only=True)
     assert sorted(checkpoint["state_dict"]) == sorted(trainable_names(net))
     record = checkpoint["lightning_peft"]
-    assert record["adapter"] == lora().to_plain()
-    assert (record["format"], record["version"]) == (1, __version__)
+    assert record["adapters"] == {"default": lora().to_plain()}
+    assert (record["format"], record["version"]) == (2, __version__)
 
 
 @pytest.mark.parametrize("kind", [LoRAToy, SavingLoRAToy, LateLoRAToy])
@@ -221,7 +221,7 @@ def test_a_copied_module_trains_to_the_same_weights(again, fit):
     net = LoRAToy(adapter=lora())
     net.configure_model()
     other = again(net)
-    assert attachment_of(other.backbone).adapter == net.adapter
+    assert attachment_of(other.backbone).adapters == {"default": net.adapter}
     for one in (net, other):
         pl.seed_everything(1, verbose=False)
         fit(one)
@@ -233,9 +233,9 @@ def test_masters_stay_float32_under_bf16_true_and_resume(fit, tmp_path):
     net.train_dataloader = lambda: torch.utils.data.DataLoader(rows(24, dtype=torch.bfloat16), 6)
     path = saved(net, fit, tmp_path, precision="bf16-true")
     assert net.backbone[0].weight.dtype == torch.bfloat16
-    assert net.backbone[0].lora_A["default"].dtype == torch.float32
+    assert net.backbone[0].adapters["default"].lora_A.dtype == torch.float32
     again = LoRAToy.load_from_checkpoint(path)
-    assert torch.equal(again.backbone[0].lora_B["default"], net.backbone[0].lora_B["default"])
+    assert torch.equal(again.backbone[0].adapters["default"].lora_B, net.backbone[0].adapters["default"].lora_B)
 
 
 def test_the_trainable_count_is_logged(fit, tmp_path):

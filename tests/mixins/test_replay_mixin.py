@@ -83,4 +83,4 @@ def test_mixins_may_stand_in_any_order_among_themselves(fit):
         net = kind(adapter=LoRA(rank=2))
         fit(net)
         assert isinstance(net, pl.LightningModule)
-        assert net.backbone[0].lora_B["default"].abs().max() > 0
+        assert net.backbone[0].adapters["default"].lora_B.abs().max() > 0

@@ -6,7 +6,7 @@ from transformers import AutoModel, AutoTokenizer
 
 from lightning_peft import LoRA
 from lightning_peft.adapters.attachment import attachment_of
-from lightning_peft.adapters.lora import LoRALinear
+from lightning_peft.adapters.layer import AdaptedLayer
 from lightning_peft.data.packaged import minilm
 from lightning_peft.losses import in_batch_contrastive
 from lightning_peft.recipes.sentiment_data import SentimentData, TextsBatch, tokenize
@@ -37,9 +37,9 @@ def test_replay_is_the_rehearsal_and_the_drift_on_random_texts(data):
         net.configure_model()
         torch.manual_seed(0)
         for layer in net.backbone.modules():
-            if isinstance(layer, LoRALinear):
-                torch.nn.init.normal_(layer.lora_B["default"], std=0.05)
-                torch.nn.init.normal_(layer.lora_A["default"], std=0.05)
+            if isinstance(layer, AdaptedLayer):
+                torch.nn.init.normal_(layer.adapters["default"].lora_B, std=0.05)
+                torch.nn.init.normal_(layer.adapters["default"].lora_A, std=0.05)
         drift = 1 - (net.embed(random_text) * pretrained.embed(random_text)).sum(1).mean().item()
         contrast = in_batch_contrastive(net.embed(first), net.embed(second)).item()
         assert min(drift, contrast) > 0.01

@@ -1,0 +1,152 @@
+"""The fused operation against float64 formulas, twice differentiated, under autocast and transforms."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from lightning_peft.adapters.low_rank import _mask, low_rank_linear
+
+
+def parts(dtype=torch.float64, bias=True, gain=False):
+    x, w = torch.randn(3, 5, 6, dtype=dtype), torch.randn(4, 6, dtype=dtype)
+    a, b = torch.randn(2, 6, dtype=dtype), torch.randn(4, 2, dtype=dtype)
+    rest = [torch.randn(4, dtype=dtype) if bias else None, torch.randn(4, dtype=dtype) / 9 if gain else None]
+    return [t if t is None else t.requires_grad_() for t in (x, w, rest[0], a, b, rest[1])]
+
+
+def formula(x, w, bias, a, b, gain, scale=0.7):
+    plain = x @ w.T + scale * x @ a.T @ b.T
+    plain = plain if gain is None else plain * (1 + gain)
+    return plain if bias is None else plain + bias
+
+
+def fused(x, w, bias, a, b, gain, **options):
+    return low_rank_linear(x, w, bias, a, b, scale=0.7, gain=gain, **options)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("gain", [True, False])
+def test_the_value_is_the_formula_and_all_first_and_second_derivatives_are_right(bias, gain):
+    inputs = parts(bias=bias, gain=gain)
+    assert torch.allclose(fused(*inputs), formula(*inputs), rtol=0, atol=1e-12)
+    given = [t for t in inputs if t is not None]
+
+    def function(*tensors):
+        left = iter(tensors)
+        return fused(*[t if t is None else next(left) for t in inputs])
+
+    assert torch.autograd.gradcheck(function, given)
+    assert torch.autograd.gradgradcheck(function, given)
+
+
+def test_second_derivatives_through_dropout_are_right():
+    inputs = parts()
+
+    def function(*tensors):
+        torch.manual_seed(3)
+        return fused(*tensors, None, dropout=0.4)
+
+    assert torch.autograd.gradcheck(function, inputs[:-1])
+    assert torch.autograd.gradgradcheck(function, inputs[:-1])
+
+
+def test_an_inner_step_of_meta_learning_has_the_exact_outer_gradient():
+    results = []
+    for forward in (fused, formula):
+        torch.manual_seed(0)
+        x, w, bias, a, b, _ = parts()
+        grads = torch.autograd.grad(forward(x, w, bias, a, b, None).square().sum(), (a, b), create_graph=True)
+        stepped = [p - 0.01 * g for p, g in zip((a, b), grads, strict=True)]
+        outer = forward(x, w, bias, *stepped, None).square().sum()
+        results.append(torch.autograd.grad(outer, (a, b, x)))
+    assert all(torch.allclose(one, two, rtol=1e-10, atol=1e-9) for one, two in zip(*results, strict=True))
+
+
+def test_function_transforms_take_the_plain_form():
+    x, w, bias, a, b, _ = [t if t is None else t.detach() for t in parts()]
+    grad = torch.func.grad(lambda a: fused(x, w, bias, a, b, None).square().sum())
+    expected = torch.func.grad(lambda a: formula(x, w, bias, a, b, None).square().sum())
+    assert torch.allclose(grad(a), expected(a), rtol=0, atol=1e-10)
+    each = torch.func.vmap(lambda row: fused(row, w, bias, a, b, None))(x)
+    assert torch.allclose(each, formula(x, w, bias, a, b, None), rtol=0, atol=1e-12)
+
+
+def test_forward_mode_raises_or_is_right():
+    from torch.autograd import forward_ad
+
+    x, w, bias, a, b, _ = [t if t is None else t.detach() for t in parts()]
+    with forward_ad.dual_level(), pytest.raises(RuntimeError, match="forward AD|forward mode"):
+        fused(forward_ad.make_dual(x, torch.ones_like(x)), w, bias, a.requires_grad_(), b, None)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_dropout_drops_whole_entries_of_the_update_s_input_and_keeps_its_mean(dropout):
+    x, w = torch.ones(200, 50, dtype=torch.float64), torch.zeros(50, 50, dtype=torch.float64)
+    eye = torch.eye(50, dtype=torch.float64, requires_grad=True)
+    y = low_rank_linear(x, w, None, eye, eye.detach(), scale=1.0, dropout=dropout)
+    assert set(y.detach().unique().tolist()) == ({0.0, 1 / 0.7} if dropout else {1.0})
+    assert abs(y.mean().item() - 1) < 0.03
+    y.sum().backward()
+    # d/dA of sum(drop(x) A^T) has in column i the sum of the dropped column i: the same mask in both directions.
+    assert torch.allclose(eye.grad, y.detach().sum(0).expand(50, 50), rtol=0, atol=1e-9)
+
+
+def test_dropout_follows_the_global_seed_and_changes_from_call_to_call():
+    inputs = [t if t is None else t.detach() for t in parts()]
+    torch.manual_seed(5)
+    first, second = fused(*inputs, dropout=0.5), fused(*inputs, dropout=0.5)
+    torch.manual_seed(5)
+    assert torch.equal(fused(*inputs, dropout=0.5), first)
+    assert not torch.equal(first, second)
+
+
+def test_one_seed_gives_one_mask_in_every_dtype():
+    masks = [_mask(torch.empty(7, 9, dtype=dtype), 0.5, 11) for dtype in (torch.float32, torch.float64)]
+    assert all(set(mask.unique().tolist()) == {0.0, 2.0} for mask in masks)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("gain", [True, False])
+def test_autocast_computes_in_its_dtype_and_hands_gradients_back_in_the_parameter_s(dtype, gain):
+    inputs = parts(torch.float32, gain=gain)
+    with torch.autocast("cpu", dtype):
+        y = fused(*inputs)
+    assert y.dtype == dtype
+    assert torch.allclose(y.float(), formula(*inputs), rtol=0.05, atol=0.15)
+    y.float().square().sum().backward()
+    reference = [t if t is None else t.detach().double().requires_grad_() for t in inputs]
+    formula(*reference).square().sum().backward()
+    for ours, exact in zip(inputs, reference, strict=True):
+        if ours is not None:
+            assert ours.grad.dtype == torch.float32
+            assert F.cosine_similarity(ours.grad.double().flatten(), exact.grad.flatten(), dim=0) > 0.998
+
+
+def test_nothing_is_saved_but_references_and_what_is_rank_wide():
+    x, w, bias, a, b, _ = parts(torch.float32)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        fused(x, w, bias, a, b, None, dropout=0.5)
+    given = {t.untyped_storage().data_ptr() for t in (x, w, bias, a, b)}
+    new = [t for t in saved if t.untyped_storage().data_ptr() not in given]
+    assert [tuple(t.shape) for t in new] == [(15, 2)]
+
+
+def test_the_gradient_of_an_input_that_needs_none_is_not_computed():
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Counting(TorchDispatchMode):
+        calls = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            self.calls += "mm" in str(function)
+            return function(*args, **(kwargs or {}))
+
+    counts = []
+    for needed in (True, False):
+        x, w, bias, a, b, _ = parts()
+        y = fused(x.detach().requires_grad_(needed), w.detach(), bias.detach(), a, b, None)
+        with Counting() as counting:
+            y.sum().backward()
+        counts.append(counting.calls)
+    assert counts == [5, 3]
