@@ -8,18 +8,33 @@ from lightning_peft.adapters.attach import (
     remove_adapter,
     unmerge_adapter,
 )
+from lightning_peft.adapters.bitfit import BitFit
+from lightning_peft.adapters.combine import merge_adapters
+from lightning_peft.adapters.deep_prompt import DeepPrompt
 from lightning_peft.adapters.full_finetune import FullFinetune
+from lightning_peft.adapters.ia3 import IA3
+from lightning_peft.adapters.kv_prefix import KVPrefix
+from lightning_peft.adapters.layer_norm_tuning import LayerNormTuning
 from lightning_peft.adapters.linear_probe import LinearProbe
 from lightning_peft.adapters.lora import LoRA
 from lightning_peft.adapters.parameter_groups import parameter_groups
 from lightning_peft.adapters.peft_format import from_peft, load_adapter, save_adapter
+from lightning_peft.adapters.soft_prompt import SoftPrompt
 from lightning_peft.adapters.switch import adapter_disabled, adapter_rows, set_adapter
+from lightning_peft.adapters.vera import VeRA
 
 __all__ = [
+    "IA3",
     "Adapter",
+    "BitFit",
+    "DeepPrompt",
     "FullFinetune",
+    "KVPrefix",
+    "LayerNormTuning",
     "LinearProbe",
     "LoRA",
+    "SoftPrompt",
+    "VeRA",
     "adapter_disabled",
     "adapter_rows",
     "adapter_state_dict",
@@ -27,6 +42,7 @@ __all__ = [
     "from_peft",
     "load_adapter",
     "merge_adapter",
+    "merge_adapters",
     "parameter_groups",
     "remove_adapter",
     "save_adapter",

@@ -75,10 +75,22 @@ class Adapter(ABC):
         """
         raise ValueError(f"add_adapter: {self!r} starts without data; leave batches= out.")
 
+    def select(self, model: nn.Module) -> Any:
+        """Return where the adapter goes in ``model``, in a form of its own; nothing is changed.
+
+        Raises:
+            ValueError: If it fits nowhere.
+        """
+        if not any(True for _ in model.parameters()):
+            raise ValueError(f"{type(self).__name__}: this {type(model).__name__} has no parameters.")
+
     def refusal(self, model: nn.Module) -> str | None:
         """Say why the adapter cannot be added to ``model``, None if it can; nothing is changed."""
-        trainable = any(True for _ in model.parameters())
-        return None if trainable else f"{type(self).__name__}: this {type(model).__name__} has no parameters."
+        try:
+            self.select(model)
+        except ValueError as error:
+            return str(error)
+        return None
 
     def to_plain(self) -> dict[str, Any]:
         """Return the adapter as numbers, strings and lists, with a format number and our version."""

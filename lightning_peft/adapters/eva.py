@@ -69,7 +69,15 @@ def eva_start(model: nn.Module, name: str, lora: LoRA, batches: Iterable[Any], *
         for path, update in updates.items()
     }
     ranks = share_ranks({path: shares for path, (shares, _) in directions.items()}, ranks, limits)
-    chosen = replace(lora, rank_pattern={escape(path): rank for path, rank in ranks.items()})
+    # With alpha in step, a layer keeps its scale whatever its rank.
+    chosen = replace(
+        lora,
+        rank_pattern={escape(path): rank for path, rank in ranks.items()},
+        alpha_pattern={
+            escape(path): lora.alpha_of(path) * (rank / updates[path].rank) ** (0.5 if lora.scaling == "rslora" else 1)
+            for path, rank in ranks.items()
+        },
+    )
     for path, update in updates.items():
         _restart(update, directions[path][1][: ranks[path]], chosen.scale_of(path))
     return chosen

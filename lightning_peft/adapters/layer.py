@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from lightning_peft.adapters.quantised import is_quantised
 from lightning_peft.adapters.updates import ATTRIBUTE, Updates
 
 
@@ -80,6 +81,10 @@ class AdaptedLayer(nn.Module):
         """Add the active update to the layer's parameters and keep them as they were; twice is once."""
         update = self.adapters.get_update(self.adapters.active)
         if update is not None and not self.pristine:
+            if is_quantised(self):
+                raise ValueError(
+                    "merge_adapter: the weight is quantised, so it cannot hold an update. Run it unmerged."
+                )
             for name, value in update.merged_values(self).items():
                 parameter = self.get_parameter(name)
                 self.pristine[name] = parameter.detach().clone()

@@ -170,7 +170,7 @@ def fused_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
     for path, module in model.named_modules():
         if kind_of(module) is None:
             for name, parameter in module._parameters.items():
-                if parameter is not None and parameter.ndim == 3:
+                if parameter is not None and parameter.ndim == 3 and len(parameter) > 1:  # not a class token
                     yield f"{path}.{name}".lstrip("."), module, name
 
 

@@ -154,13 +154,6 @@ class LoRA(Adapter):
         return eva_start(model, name, self, batches)
 
     @override
-    def refusal(self, model: nn.Module) -> str | None:
-        try:
-            self.select(model)
-        except ValueError as error:
-            return str(error)
-        return None
-
     def select(self, model: nn.Module) -> dict[str, Target]:
         """Return what of ``model`` this adapter would adapt, by name.
 

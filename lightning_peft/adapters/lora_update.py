@@ -85,10 +85,10 @@ class LoRAUpdate(Update):
     def norms(self, layer: Any) -> Tensor:
         """Return the norm of every row of ``W + scale * B A``."""
         matrix, (a, b) = layer.matrix(), self.factors()
-        square = row_norms(matrix, dtype=a.dtype).square()
+        square = row_norms(matrix, dtype=a.dtype).square_()
         cross = (matrix @ a.to(matrix.dtype).T).to(a.dtype)
-        total: Tensor = square + (self.scale * b * (2 * cross + self.scale * b @ (a @ a.T))).sum(1)
-        return total.clamp_min(0).sqrt()
+        inner = torch.addmm(cross, b, a @ a.T, beta=2, alpha=self.scale)
+        return square.add_(inner.mul_(b).sum(1), alpha=self.scale).clamp_min_(0).sqrt_()
 
     @override
     @torch.no_grad()

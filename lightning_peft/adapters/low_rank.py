@@ -7,6 +7,7 @@ adapters are cast and never the activations, and a dropout mask is drawn twice f
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -46,7 +47,7 @@ def low_rank_linear(
     True
     """
     kind = input.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else input.dtype
+    autocast = torch.is_autocast_enabled(kind)
     plain = (
         torch.compiler.is_compiling()  # inductor fuses the plain form by itself
         or torch._C._are_functorch_transforms_active()
@@ -54,7 +55,8 @@ def low_rank_linear(
     )
     if plain:
         return _plain(input, weight, bias, down, up, scale=scale, dropout=dropout, gain=gain)
-    with torch.autocast(kind, enabled=False):
+    dtype = torch.get_autocast_dtype(kind) if autocast else input.dtype
+    with torch.autocast(kind, enabled=False) if autocast else nullcontext():
         result: Tensor = _LowRankLinear.apply(input, weight, bias, down, up, gain, scale, dropout, dtype)  # type: ignore[no-untyped-call]
     return result
 
@@ -79,15 +81,27 @@ def _plain(
     return torch.addcmul(output, output if bias is None else output - bias, gain)
 
 
-def _dropped(x: Tensor, dropout: float, seed: int) -> Tensor:
-    """Return ``drop(x)``; the same seed drops the same entries."""
-    return x * _mask(x, dropout, seed) if dropout else x
+def gemm_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype in which narrow matrix products are taken: float32 where a CPU has no units for halves.
+
+    There a product of bfloat16 matrices is many times slower than a cast and a product in float32.
+    """
+    if device.type != "cpu" or dtype not in (torch.bfloat16, torch.float16):
+        return dtype
+    known = (
+        torch.ops.mkldnn._is_mkldnn_bf16_supported
+        if dtype == torch.bfloat16
+        else torch.ops.mkldnn._is_mkldnn_fp16_supported
+    )
+    return dtype if known() else torch.float32
 
 
 def _mask(x: Tensor, dropout: float, seed: int) -> Tensor:
+    """Return which entries of ``x`` are kept; one seed keeps the same ones. Four are drawn from one random number."""
     generator = torch.Generator(x.device).manual_seed(seed)
-    mask = torch.empty(x.shape, dtype=x.dtype, device=x.device).bernoulli_(1 - dropout, generator=generator)
-    return mask.div_(1 - dropout)
+    draws = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device)
+    draws.random_(-(2**63), None, generator=generator)
+    return draws.view(torch.int16)[: x.numel()].view(x.shape) >= round(dropout * 2**16) - 2**15
 
 
 class _LowRankLinear(torch.autograd.Function):
@@ -108,8 +122,10 @@ class _LowRankLinear(torch.autograd.Function):
         # From the CPU's generator: checkpointed regions restore it, and no device has to be waited for.
         seed = int(torch.empty((), dtype=torch.int64).random_().item()) if dropout else 0
         output = F.linear(x, weight.to(dtype), None if bias is None else bias.to(dtype))
-        low = _dropped(x, dropout, seed) @ down.to(dtype).t()
-        output.addmm_(low, up.to(dtype).t(), alpha=scale)
+        narrow = gemm_dtype(x.device, dtype)
+        low = (x * _mask(x, dropout, seed) if dropout else x).to(narrow) @ down.to(narrow).t()
+        scale = scale / (1 - dropout)  # the part of the mask that is the same for all entries
+        _add_product(output, low, up.to(narrow).t(), scale)
         kept = None
         if gain is not None:
             kept, tight = output, gain.to(dtype)
@@ -117,7 +133,7 @@ class _LowRankLinear(torch.autograd.Function):
             if bias is not None:
                 output.sub_(tight * bias.to(dtype))
         ctx.save_for_backward(input, weight, bias, down, up, gain, low, kept)
-        ctx.scale, ctx.dropout, ctx.dtype, ctx.seed = scale, dropout, dtype, seed
+        ctx.scale, ctx.dropout, ctx.seed, ctx.dtype, ctx.narrow = scale, dropout, seed, dtype, narrow
         return output.view(*input.shape[:-1], -1)
 
     @staticmethod
@@ -125,11 +141,11 @@ class _LowRankLinear(torch.autograd.Function):
         # Gradients of gradients come here with gradients enabled. Then only inputs may enter the formulas: what the
         # forward pass computed on its way, ``low`` and ``kept``, is computed again so that it can be differentiated.
         input, weight, bias, down, up, gain, low, kept = ctx.saved_tensors
-        again, dtype, scale = torch.is_grad_enabled(), ctx.dtype, ctx.scale
+        again, dtype, narrow, scale = torch.is_grad_enabled(), ctx.dtype, ctx.narrow, ctx.scale
         x, dy = input.reshape(-1, input.shape[-1]).to(dtype), outputs[0].reshape(-1, outputs[0].shape[-1]).to(dtype)
-        a, b = down.to(dtype), up.to(dtype)
+        a, b = down.to(narrow), up.to(narrow)
         mask = _mask(x, ctx.dropout, ctx.seed) if ctx.dropout else None
-        dropped = x if mask is None else x * mask
+        dropped = (x if mask is None else x * mask).to(narrow)
         if again:
             low = dropped @ a.t()
         grads: list[Tensor | None] = [None] * 9
@@ -137,20 +153,28 @@ class _LowRankLinear(torch.autograd.Function):
             grads[2] = dy.sum(0).to(bias.dtype)
         if gain is not None:
             if again:
-                kept = torch.addmm(F.linear(x, weight.to(dtype)), low, b.t(), alpha=scale)
+                kept = _add_product(F.linear(x, weight.to(dtype)), low, b.t(), scale)
             elif bias is not None:
                 kept = kept - bias.to(dtype)
             grads[5] = (dy * kept).sum(0).to(gain.dtype)
             dy = torch.addcmul(dy, dy, gain.to(dtype))
-        g = (dy @ b).mul_(scale)
+        wide = dy.to(narrow)
+        g = (wide @ b).mul_(scale)
         if ctx.needs_input_grad[3]:
             grads[3] = (g.t() @ dropped).to(down.dtype)
         if ctx.needs_input_grad[4]:
-            grads[4] = (dy.t() @ low).mul_(scale).to(up.dtype)
+            grads[4] = (low.t() @ wide).mul_(scale).t().to(up.dtype)
         if ctx.needs_input_grad[0]:
             dx = dy @ weight.to(dtype)
-            dx = dx.addmm_(g, a) if mask is None else dx.addcmul_(g @ a, mask)
+            dx = _add_product(dx, g, a, 1.0) if mask is None else dx.add_((g @ a).mul_(mask))
             grads[0] = dx.to(input.dtype).view(input.shape)
         if ctx.needs_input_grad[1]:
             grads[1] = (dy.t() @ x).to(weight.dtype)
         return tuple(grads)
+
+
+def _add_product(target: Tensor, one: Tensor, two: Tensor, scale: float) -> Tensor:
+    """Add ``scale * one @ two`` to ``target`` in place: the GEMM does it, where it is of the target's dtype."""
+    if one.dtype == target.dtype:
+        return target.addmm_(one, two, alpha=scale)
+    return target.add_(one @ two, alpha=scale)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lightning_peft.adapters import FullFinetune, LinearProbe, LoRA
+from lightning_peft.adapters import FullFinetune, KVPrefix, LinearProbe, LoRA, SoftPrompt
 from lightning_peft.mixins.adapter_mixin import AdapterMixin
 
 
@@ -12,6 +12,22 @@ class LoRAMixin(AdapterMixin):
     """Low-rank updates on the backbone: :class:`AdapterMixin` with ``adapter=LoRA()``."""
 
     def __init__(self, *args: Any, adapter: LoRA = LoRA(), backbone: str | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, adapter=adapter, backbone=backbone, **kwargs)
+
+
+class SoftPromptMixin(AdapterMixin):
+    """Trained embeddings before the backbone's input: :class:`AdapterMixin` with ``adapter=SoftPrompt()``."""
+
+    def __init__(
+        self, *args: Any, adapter: SoftPrompt = SoftPrompt(), backbone: str | None = None, **kwargs: Any
+    ) -> None:
+        super().__init__(*args, adapter=adapter, backbone=backbone, **kwargs)
+
+
+class PrefixMixin(AdapterMixin):
+    """Trained keys and values before those of every attention: :class:`AdapterMixin` with ``adapter=KVPrefix()``."""
+
+    def __init__(self, *args: Any, adapter: KVPrefix = KVPrefix(), backbone: str | None = None, **kwargs: Any) -> None:
         super().__init__(*args, adapter=adapter, backbone=backbone, **kwargs)
 
 

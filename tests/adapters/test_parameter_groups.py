@@ -171,3 +171,11 @@ def test_an_output_embedding_that_is_the_input_s_learns_like_the_input_s():
     assert decayed["transformer.wte.weight"] == 0.5**3
     assert decayed["transformer.h.1.attn.c_attn.weight"] == 0.5
     assert decayed["transformer.ln_f.weight"] == 1.0
+
+
+def test_a_layer_s_weight_that_is_an_embedding_s_too_learns_like_the_embedding_s():
+    net = nn.ModuleDict({"embed": nn.Embedding(4, 4), "layers": nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])})
+    net["layers"][1].weight = net["embed"].weight
+    decayed = rates(net, lr=1.0, layer_decay=0.5)
+    assert decayed["embed.weight"] == 0.5**3
+    assert decayed["layers.1.bias"] == 0.5

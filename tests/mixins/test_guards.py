@@ -65,10 +65,10 @@ def test_what_a_call_of_one_s_own_froze_is_named_at_the_next_checkpoint(fit, tmp
         def on_train_batch_end(self, trainer, pl_module, *args):
             pl_module.backbone[0].adapters["default"].lora_A.requires_grad_(False)
 
+    trainer = fit(Guarded(), Freezing(), steps=2)
     with pytest.warns(
         UserWarning, match=r"1 frozen \(first 0.adapters.default.lora_A\); a callback or a call of your own"
     ):
-        trainer = fit(Guarded(), Freezing(), steps=2)
         trainer.save_checkpoint(tmp_path / "net.ckpt")
 
 

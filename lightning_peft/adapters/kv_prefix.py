@@ -1,0 +1,248 @@
+"""KV prefixes: train keys and values that every layer's attention sees before those of the input.
+
+``softmax(q [E; K]^T / sqrt(d)) [V_p; V]`` with ``E`` and ``V_p`` of shape ``(kv_heads, tokens, head_dim)`` in every layer.
+Li & Liang 2021, "Prefix-Tuning: Optimizing Continuous Prompts for Generation", arXiv:2101.00190, section 4.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F  # noqa: N812 - the field's name for it
+from torch import Tensor, nn
+from typing_extensions import override
+
+from lightning_peft.adapters.adapter import Adapter
+from lightning_peft.adapters.prefix_attention import PLAIN, PREFIX, capturing, led_config, plain_name, register
+from lightning_peft.adapters.prompt_hosts import (
+    PromptHosts,
+    PromptUpdate,
+    attention_of,
+    check_prompt,
+    check_text,
+    pretrained_eval,
+    prompt_hosts,
+    text_to_length,
+)
+from lightning_peft.adapters.updates import master_dtype, place, updates_of
+
+SPREAD = 0.02
+
+
+@dataclass(frozen=True, repr=False)
+class KVPrefix(Adapter):
+    """Trainable keys and values in every attention module, everything else frozen.
+
+    The network is one of transformers, given as a whole, that looks up its attention in ``ALL_ATTENTION_FUNCTIONS`` and uses
+    ``sdpa`` or ``eager``. Calls, masks, positions, caches and outputs stay as they are (``attentions`` show the prefix).
+
+    **Two readings.** Where prefix tuning is written with trainable "E, V" per layer, this class reads keys and values.
+    The other reading, trainable hidden states per layer, is :class:`~lightning_peft.DeepPrompt`.
+
+    **The trap:** no prefix is neutral. Also one of zeros takes a part of every softmax. And frozen weights are no
+    protection while the prefix is attached: measure forgetting with it and without it.
+
+    In layers with a sliding window the prefix stays in sight from everywhere, which text in its place would not.
+
+    Args:
+        tokens: Number of prefix tokens.
+        init: ``"random"``: normal with a spread of 0.02, near the zero prefix, which learned better than a wide one in PEFT's
+            published runs; exact zeros would stay equal to each other. ``"text"``: keys and values of ``text_ids``.
+            With rotary positions a decoder then computes what it does with the text in front, at unchanged positions. With
+            learned ones (GPT-2) that holds only if the caller counts the input's positions from ``tokens`` on; in
+            encoders the text would also look at the input, which a prefix cannot.
+        text_ids: Token ids of a text, repeated or cut to ``tokens``.
+        reparametrise: Width of a two-layer network that makes the prefix from one vector per token (section 4.3 there). Every
+            layer has one of its own, not one for all, so that a layer can be computed again by itself (activation
+            checkpointing).
+        frozen_sink: Keep the first prefix token as it starts. In the text it is the token that attention falls back on;
+            needs ``init="text"``.
+        seed: Seed of the draws; the global generators are not touched.
+
+    Raises:
+        ValueError: For a value out of range, here; if a network is not fit for it, when it is adapted.
+
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> from lightning_peft import add_adapter
+    >>> sizes = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
+    >>> net = add_adapter(LlamaForCausalLM(LlamaConfig(vocab_size=11, **sizes)), KVPrefix(tokens=3))
+    >>> [(name, tuple(p.shape)) for name, p in net.named_parameters() if p.requires_grad]
+    [('model.layers.0.self_attn.adapters.default.prefix', (2, 2, 3, 4))]
+    """
+
+    tokens: int = 20
+    init: Literal["random", "text"] = "random"
+    text_ids: list[int] | tuple[int, ...] = ()
+    reparametrise: int | None = None
+    frozen_sink: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check what can be known without a network."""
+        object.__setattr__(self, "text_ids", tuple(self.text_ids))
+        check_prompt("KVPrefix", self.tokens, self.init, ("random", "text"), tuple(self.text_ids))
+        width = self.reparametrise
+        if width is not None and (isinstance(width, bool) or not isinstance(width, int) or width < 1):
+            raise ValueError(f"KVPrefix: reparametrise={width!r} must be a whole number of at least 1, or None.")
+        if width is not None and self.init == "text":
+            raise ValueError("KVPrefix: reparametrise makes the prefix from a network, which cannot start at a text.")
+        if self.frozen_sink and (self.init != "text" or self.tokens < 2):
+            raise ValueError("KVPrefix: frozen_sink=True keeps a token of a text: it needs init='text' and two tokens.")
+
+    @override
+    def insert(self, model: nn.Module, name: str) -> list[str]:
+        hosts, modules = self.select(model)
+        starts = self.start_values(model, hosts, modules)
+        register()
+        configs: dict[int, Any] = {}
+        trained = []
+        for depth, (module, start) in enumerate(zip(modules, starts, strict=True)):
+            dtype = master_dtype(hosts.base.dtype)
+            found = _found_config(module)
+            update = self._update(start, dtype, found, depth)
+            key = place(module, name, update)
+            if id(found) not in configs:
+                configs[id(found)] = led_config(found, PREFIX)
+            module.config = configs[id(found)]
+            trained += [f"{hosts.name_of(module)}.{key}{parameter}" for parameter in update.trainable()]
+        return trained
+
+    @override
+    def select(self, model: nn.Module) -> tuple[PromptHosts, list[nn.Module]]:
+        """Return the attention modules of ``model``, with what else is known of it.
+
+        Raises:
+            ValueError: If the network is not fit for a prefix.
+        """
+        hosts = prompt_hosts(model, owner="KVPrefix")
+        check_text("KVPrefix", tuple(self.text_ids), hosts.words)
+        modules = attention_of(hosts, owner="KVPrefix")
+        for module in modules:
+            chosen = plain_name(module.config)
+            if chosen not in PLAIN:
+                raise ValueError(
+                    f"KVPrefix: the network computes attention by {chosen!r}, and a prefix needs one of {list(PLAIN)}. "
+                    "Call set_attn_implementation('sdpa') on it before."
+                )
+            _prefix_shape(module)
+        return hosts, modules
+
+    def start_values(self, model: nn.Module, hosts: PromptHosts, modules: list[nn.Module]) -> list[Tensor]:
+        """Return what the prefix starts as, one of shape ``(2, kv_heads, tokens, head_dim)`` for every module."""
+        if self.init == "text":
+            return self._text_values(model, hosts, modules)
+        random = torch.Generator().manual_seed(self.seed)
+        shapes = [_prefix_shape(module) for module in modules]
+        device = hosts.base.device
+        return [(SPREAD * torch.randn(2, kv, self.tokens, dim, generator=random)).to(device) for kv, dim in shapes]
+
+    def _text_values(self, model: nn.Module, hosts: PromptHosts, modules: list[nn.Module]) -> list[Tensor]:
+        ids = text_to_length(tuple(self.text_ids), self.tokens)[None].to(hosts.base.device)
+        call = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        if hosts.positions is None and "position_ids" in hosts.inputs:
+            # Rotary positions only count distances: the text ends just before position 0.
+            call["position_ids"] = torch.arange(-self.tokens, 0, device=ids.device)[None]
+        with pretrained_eval(model), capturing(modules) as captured:
+            hosts.base(**call)
+        return [captured[module] for module in modules]
+
+    def _update(self, start: Tensor, dtype: torch.dtype, found: Any, depth: int) -> PrefixUpdate:
+        if self.reparametrise is not None:
+            return MadePrefix(start, self.reparametrise, dtype=dtype, seed=self.seed + depth, found=found)
+        return PrefixUpdate(start, dtype=dtype, frozen_sink=self.frozen_sink, found=found)
+
+
+class PrefixUpdate(PromptUpdate):
+    """The prefix of one attention module.
+
+    Args:
+        start: What it starts as, of shape ``(2, kv_heads, tokens, head_dim)``: keys, values.
+        dtype: Dtype of the parameters.
+        frozen_sink: Keep the first token apart, as a parameter that never trains.
+        found: The module's config before the first prefix came.
+    """
+
+    prefix: nn.Parameter
+    sink: nn.Parameter | None
+
+    def __init__(self, start: Tensor, *, dtype: torch.dtype, found: Any, frozen_sink: bool = False) -> None:
+        super().__init__()
+        self.found = found
+        values = start.detach().to(dtype, copy=True)
+        self.register_parameter("sink", None)
+        if frozen_sink:
+            self.frozen = ("sink",)
+            self.sink, values = nn.Parameter(values[:, :, :1].clone()), values[:, :, 1:].clone()
+        self.prefix = nn.Parameter(values)
+
+    def keys_and_values(self) -> Tensor:
+        """Return the prefix, of shape ``(2, kv_heads, tokens, head_dim)``."""
+        return self.prefix if self.sink is None else torch.cat([self.sink, self.prefix], 2)
+
+    @override
+    def detach_from(self, module: nn.Module) -> None:
+        module.config = self.found
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Enter our functions into transformers' table of the process that reads a pickle."""
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        register()
+
+
+class MadePrefix(PrefixUpdate):
+    """A prefix that a small network makes of one vector per token: ``W2 tanh(W1 e + b1) + b2``.
+
+    Args:
+        start: Gives the shape.
+        width: Size of the vectors and of the hidden layer.
+        dtype: Dtype of the parameters.
+        seed: Seed of the draws.
+        found: The module's config before the first prefix came.
+    """
+
+    def __init__(self, start: Tensor, width: int, *, dtype: torch.dtype, seed: int, found: Any) -> None:
+        super().__init__(start, dtype=dtype, found=found)
+        del self.prefix
+        two, heads, tokens, dim = start.shape
+        self.shape = (tokens, two, heads, dim)
+        random, bound = torch.Generator().manual_seed(seed), width**-0.5
+
+        def drawn(*shape: int) -> nn.Parameter:  # as nn.Linear draws
+            values = torch.rand(*shape, generator=random) * 2 * bound - bound
+            return nn.Parameter(values.to(start.device, dtype))
+
+        self.embedding = nn.Parameter(torch.randn(tokens, width, generator=random).to(start.device, dtype))
+        self.hidden_weight, self.hidden_bias = drawn(width, width), drawn(width)
+        self.output_weight, self.output_bias = drawn(two * heads * dim, width), drawn(two * heads * dim)
+
+    @override
+    def keys_and_values(self) -> Tensor:
+        hidden = torch.tanh(F.linear(self.embedding, self.hidden_weight, self.hidden_bias))
+        return F.linear(hidden, self.output_weight, self.output_bias).view(self.shape).permute(1, 2, 0, 3)
+
+
+def _found_config(module: nn.Module) -> Any:
+    updates = updates_of(module)
+    mine = [update for update in updates.values() if isinstance(update, PrefixUpdate)] if updates is not None else []
+    return mine[0].found if mine else module.config
+
+
+def _prefix_shape(module: Any) -> tuple[int, int]:
+    """Return the number of key-value heads and their size.
+
+    Raises:
+        ValueError: If keys and values have different sizes, or it cannot be told.
+    """
+    config, kind = module.config, type(module).__name__
+    if getattr(config, "kv_lora_rank", None) is not None:
+        raise ValueError(f"KVPrefix: {kind} compresses its keys and values, so that they have different sizes.")
+    heads = config.num_attention_heads
+    dim = (
+        getattr(module, "head_dim", None) or getattr(module, "attention_head_size", None) or config.hidden_size // heads
+    )
+    groups = getattr(module, "num_key_value_groups", None)
+    if not isinstance(heads, int) or not isinstance(dim, int):
+        raise ValueError(f"KVPrefix: the heads of {kind} have no one size: num_attention_heads={heads!r}.")
+    return (heads // groups if groups else getattr(config, "num_key_value_heads", None) or heads), dim

@@ -1,0 +1,363 @@
+"""Soft prompts: train a few virtual tokens before the input of a frozen network.
+
+``inputs_embeds = [P; E(ids)]`` with ``P`` of shape ``(tokens, dim)``.
+Lester et al. 2021, "The Power of Scale for Parameter-Efficient Prompt Tuning", arXiv:2104.08691, section 2.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import override
+
+from lightning_peft.adapters.adapter import Adapter
+from lightning_peft.adapters.prompt_hosts import (
+    PromptHosts,
+    PromptUpdate,
+    check_prompt,
+    check_text,
+    pretrained_eval,
+    prompt_hosts,
+    text_to_length,
+)
+from lightning_peft.adapters.prompt_insertion import insert, prompt_start, shift_positions, strip
+from lightning_peft.adapters.updates import master_dtype, place, updates_of
+
+NOTE = "prompt_start"
+"""Keyword by which the layers of a network hear where the prompt stands; None: not in this call."""
+
+
+@dataclass(frozen=True, repr=False)
+class SoftPrompt(Adapter):
+    """Trainable vectors before the embedded input, everything else frozen.
+
+    The network is one of transformers, given as a whole. It is called as before, by ``input_ids`` or ``inputs_embeds``, and
+    answers as before: the prompt's positions are taken out of ``last_hidden_state`` and ``hidden_states``, so logits, labels
+    and pooling keep their shapes (``attentions`` show the prompt). ``generate`` works as usual, greedy and with beams. In a
+    padded batch every row is what it is alone: the prompt stands directly before a row's first real token, and
+    positions count real tokens.
+
+    **The trap:** a pooler that reads the first token (BERT's, and the heads of BERT, RoBERTa and DistilBERT) has a virtual
+    token for ``[CLS]``, unless the head is outside and sees the stripped output. ``pooler_output`` is computed inside the
+    base: set ``after_first=True`` there.
+
+    It is not the cheapest step: every layer sees ``tokens`` more entries. Not with caches of fixed size
+    (``cache_implementation="static"``) and assisted decoding, which count the entries of the cache themselves.
+
+    Args:
+        tokens: Number of virtual tokens.
+        init: Where they start. ``"vocabulary"``: embeddings of tokens drawn at random, without padding. ``"text"``: those of
+            ``text_ids``. ``"random"``: normal, as wide as the embeddings spread; it learns slower. Networks that read
+            images have no vocabulary; for both other names they draw uniformly as in Jia et al. 2022.
+        text_ids: Token ids of a text, repeated or cut to ``tokens``.
+        after_first: Put the prompt behind the first token. None: behind it for images, where that is the class token; before
+            it for text.
+        seed: Seed of the draws; the global generators are not touched.
+
+    Raises:
+        ValueError: For a value out of range, here; if a network is not fit for it, when it is adapted; for an input that
+            leaves no positions for the prompt, when it comes.
+
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> from lightning_peft import add_adapter
+    >>> sizes = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
+    >>> net = add_adapter(LlamaForCausalLM(LlamaConfig(vocab_size=11, **sizes)), SoftPrompt(tokens=3))
+    >>> net(input_ids=torch.tensor([[1, 2]])).logits.shape
+    torch.Size([1, 2, 11])
+    >>> [(name, tuple(p.shape)) for name, p in net.named_parameters() if p.requires_grad]
+    [('model.adapters.default.prompt', (3, 8))]
+    """
+
+    tokens: int = 20
+    init: Literal["vocabulary", "text", "random"] = "vocabulary"
+    text_ids: list[int] | tuple[int, ...] = ()
+    after_first: bool | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check what can be known without a network."""
+        object.__setattr__(self, "text_ids", tuple(self.text_ids))
+        check_prompt(
+            type(self).__name__, self.tokens, self.init, ("vocabulary", "text", "random"), tuple(self.text_ids)
+        )
+
+    @override
+    def insert(self, model: nn.Module, name: str) -> list[str]:
+        hosts = self.select(model)
+        prompt = self.start_values(model, hosts)
+        return self.place_prompt(hosts, name, prompt)
+
+    @override
+    def select(self, model: nn.Module) -> PromptHosts:
+        """Return where the prompt goes in ``model``.
+
+        Raises:
+            ValueError: If the network is not fit for it.
+        """
+        owner = type(self).__name__
+        hosts = prompt_hosts(model, owner=owner)
+        check_text(owner, tuple(self.text_ids), hosts.words)
+        if hosts.words is None:
+            _check_images(hosts, owner)
+            return hosts
+        if not isinstance(hosts.words, nn.Embedding) or "inputs_embeds" not in hosts.inputs:
+            raise ValueError(
+                f"{owner}: {type(hosts.base).__name__} does not take embeddings (inputs_embeds) for its input."
+            )
+        if strange := sorted({"cache_params", "per_layer_inputs"} & set(hosts.inputs)):
+            raise ValueError(f"{owner}: {type(hosts.base).__name__} takes {strange[0]}, which a prompt would not fit.")
+        if hosts.max_length is not None and self.tokens >= hosts.max_length:
+            raise ValueError(
+                f"{owner}: tokens={self.tokens} leave no position of {hosts.max_length} to the input. Lower tokens."
+            )
+        return hosts
+
+    def start_values(self, model: nn.Module, hosts: PromptHosts) -> Tensor:
+        """Return what the prompt starts as, of shape ``(tokens, dim)``."""
+        random = torch.Generator().manual_seed(self.seed)
+        words = hosts.words
+        if words is None:
+            return image_prompt(hosts, self.tokens, random)
+        if self.init == "random" and not words.weight.is_meta:
+            wide = torch.randn(self.tokens, words.embedding_dim, generator=random)
+            return wide.to(words.weight.device) * words.weight.detach().std().to(master_dtype(words.weight.dtype))
+        if self.init == "text":
+            ids = text_to_length(tuple(self.text_ids), self.tokens)
+        else:
+            known = [i for i in range(words.num_embeddings) if i != words.padding_idx]
+            ids = torch.tensor(known)[torch.randint(len(known), (self.tokens,), generator=random)]
+        with pretrained_eval(model):  # the module and not its weight: some scale what they look up
+            found: Tensor = words(ids.to(words.weight.device))
+        return found
+
+    def place_prompt(self, hosts: PromptHosts, name: str, prompt: Tensor, *, tell_layers: bool = False) -> list[str]:
+        """Put the prompt in; return the name of its parameter."""
+        base = hosts.base
+        if hosts.words is None:
+            image = ImagePrompt(prompt, dtype=base.dtype)
+            key = place(base.embeddings, name, image)
+            image.attach_to(base.embeddings, after=put_into_patches)
+            taken = ImageStrip(self.tokens, after_first=self.after_first is not False)
+            place(base, name, taken)
+            image.after_first = taken.after_first
+            taken.attach_to(base, after=take_out_of_image)
+            return [f"{hosts.name_of(base.embeddings)}.{key}prompt"]
+        text = TextPrompt(prompt, hosts, after_first=bool(self.after_first), tell_layers=tell_layers)
+        key = place(base, name, text)
+        text.attach_to(base, before=put_into_text, after=take_out_of_text)
+        return [f"{hosts.path}.{key}prompt".lstrip(".")]
+
+
+class TextPrompt(PromptUpdate):
+    """A prompt before embedded tokens; it stands on the base model.
+
+    Args:
+        prompt: What it starts as, of shape ``(tokens, dim)``.
+        hosts: The network.
+        after_first: Whether the first token stays in front.
+        tell_layers: Whether the layers hear where the prompt stands.
+    """
+
+    def __init__(self, prompt: Tensor, hosts: PromptHosts, *, after_first: bool, tell_layers: bool) -> None:
+        super().__init__()
+        assert hosts.words is not None
+        self.prompt = nn.Parameter(prompt.detach().to(master_dtype(hosts.words.weight.dtype), copy=True))
+        self.inputs, self.max_length = hosts.inputs, hosts.max_length
+        self.counts_from = None if hosts.positions is None else hosts.positions.padding_idx
+        self.after_first, self.tell_layers = after_first, tell_layers
+
+    def extend(self, base: Any, call: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the arguments of a call with the prompt in them; after the first step of decoding it is in the cache.
+
+        Raises:
+            ValueError: If mask or positions are not one value per token, or there are not enough positions.
+        """
+        given, mask = dict(call), call.get("attention_mask")
+        ids: Tensor | None = call.get("input_ids")
+        embedded: Tensor | None = call.get("inputs_embeds")
+        if (ids is None) == (embedded is None):
+            return given  # the network itself says what is wrong
+        if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
+            raise ValueError(
+                "SoftPrompt: attention_mask must have the shape (batch, tokens); masks of other shapes, also those of "
+                "caches of fixed size, leave no room for the prompt."
+            )
+        if (positions := call.get("position_ids")) is not None and positions.ndim != 2:
+            raise ValueError(
+                f"SoftPrompt: position_ids must have the shape (batch, tokens), not {tuple(positions.shape)}."
+            )
+        entries = ids if embedded is None else embedded
+        assert entries is not None
+        shape, count = (entries.shape[0], entries.shape[1]), len(self.prompt)
+        past, start = _past_length(call), prompt_start(mask, after_first=self.after_first)
+        self._check_length(past + shape[1] + (0 if past else count))
+        if "position_ids" in self.inputs:
+            given["position_ids"] = self._positions(call, shape, past, start)
+        if mask is not None:
+            given["attention_mask"] = insert(mask, mask.new_ones(len(mask), count), start)
+        if self.tell_layers:
+            given[NOTE] = None if past else start
+        if past:
+            return given
+        embedded = base.get_input_embeddings()(ids) if embedded is None else embedded
+        prompt = self.prompt.to(embedded.dtype).expand(shape[0], -1, -1)
+        given["input_ids"], given["inputs_embeds"] = None, insert(embedded, prompt, start)
+        if (types := call.get("token_type_ids")) is not None:
+            given["token_type_ids"] = insert(types, types.new_zeros(len(types), count), start)
+        return given
+
+    def _positions(
+        self, call: Mapping[str, Any], shape: tuple[int, int], past: int, start: int | Tensor
+    ) -> Tensor | None:
+        positions, mask = call.get("position_ids"), call.get("attention_mask")
+        if positions is None:
+            if past and mask is None:
+                return None  # the network counts the entries of the cache, and the prompt is among them
+            positions = self._count(call.get("input_ids") if not past else None, mask, shape)[:, -shape[1] :]
+        if past:
+            shifted: Tensor = positions + len(self.prompt)
+            return shifted
+        return shift_positions(positions, len(self.prompt), start, after_first=self.after_first)
+
+    def _count(self, ids: Tensor | None, mask: Tensor | None, shape: tuple[int, int]) -> Tensor:
+        pad = self.counts_from
+        if pad is None:
+            real = torch.ones(1, shape[1], dtype=torch.long, device=self.prompt.device) if mask is None else mask.long()
+            return (real.cumsum(1) - 1).clamp_min(0)
+        # RoBERTa's way: padding has the position of its token id, the rest counts from there
+        if ids is not None:
+            real = ids.ne(pad).long()
+        elif mask is not None:
+            real = mask.long()
+        else:
+            real = torch.ones(1, shape[1], dtype=torch.long, device=self.prompt.device)
+        return real.cumsum(1) * real + pad
+
+    def _check_length(self, length: int) -> None:
+        if self.max_length is not None and length > self.max_length:
+            raise ValueError(
+                f"SoftPrompt: input and prompt of {len(self.prompt)} tokens have {length} together, and the network has learned "
+                f"{self.max_length} positions. Shorten the input to {self.max_length - len(self.prompt)} tokens."
+            )
+
+    def reduce(self, call: Mapping[str, Any], output: Any) -> Any:
+        """Return what the network computed without the prompt's positions; ``call`` has the prompt in it."""
+        embedded, cache = call.get("inputs_embeds"), call.get("past_key_values")
+        if embedded is None or (cache is not None and cache.get_seq_length() > embedded.shape[1]):
+            return output
+        start = prompt_start(call.get("attention_mask"), after_first=self.after_first)
+        return strip_output(output, embedded.shape[1], len(self.prompt), start)
+
+
+def put_into_text(base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Forward pre-hook of a base model that reads text."""
+    update = _current(base)
+    if not isinstance(update, TextPrompt):
+        return None
+    return (), update.extend(base, {**dict(zip(update.inputs, args, strict=False)), **kwargs})
+
+
+def take_out_of_text(base: Any, _args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    """Forward hook of a base model that reads text."""
+    update = _current(base)
+    return update.reduce(kwargs, output) if isinstance(update, TextPrompt) else output
+
+
+class ImagePrompt(PromptUpdate):
+    """A prompt among embedded patches; it stands on the module that embeds them."""
+
+    def __init__(self, prompt: Tensor, *, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.prompt = nn.Parameter(prompt.detach().to(master_dtype(dtype), copy=True))
+        self.after_first = True
+
+
+class ImageStrip(PromptUpdate):
+    """Takes the prompt out again; it stands on the base model and has no parameters."""
+
+    def __init__(self, tokens: int, *, after_first: bool) -> None:
+        super().__init__()
+        self.tokens, self.after_first = tokens, after_first
+
+
+def put_into_patches(embeddings: nn.Module, _args: Any, _kwargs: Any, output: Tensor) -> Tensor:
+    """Forward hook of the module that embeds patches."""
+    update = _current(embeddings)
+    if not isinstance(update, ImagePrompt):
+        return output
+    prompt = update.prompt.to(output.dtype).expand(len(output), -1, -1)
+    return insert(output, prompt, int(update.after_first))
+
+
+def take_out_of_image(base: nn.Module, _args: Any, _kwargs: Any, output: Any) -> Any:
+    """Forward hook of a base model that reads images."""
+    update = _current(base)
+    if not isinstance(update, ImageStrip):
+        return output
+    length = (output[0] if isinstance(output, tuple) else output.last_hidden_state).shape[1]
+    return strip_output(output, length, update.tokens, int(update.after_first))
+
+
+def strip_output(output: Any, length: int, count: int, start: int | Tensor) -> Any:
+    """Take a prompt out of all hidden states of a network's output, a tuple or transformers' ``ModelOutput``.
+
+    Args:
+        output: What the base model returned.
+        length: Number of entries with the prompt.
+        count: Number of entries of the prompt.
+        start: Where it begins.
+    """
+
+    def taken(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(taken(entry) for entry in value)
+        if isinstance(value, Tensor) and value.ndim == 3 and value.shape[1] == length:
+            return strip(value, count, start)
+        return value
+
+    if isinstance(output, tuple):
+        return taken(output)
+    for key in ("last_hidden_state", "hidden_states"):
+        if output.get(key) is not None:
+            output[key] = taken(output[key])
+    return output
+
+
+def image_prompt(hosts: PromptHosts, tokens: int, random: torch.Generator) -> Tensor:
+    """Draw ``U(-v, v)`` with ``v^2 = 6 / (inputs of a patch + dim)``, as VPT does; of shape ``(tokens, dim)``."""
+    config = hosts.base.config
+    patch = config.num_channels * config.patch_size**2
+    bound = math.sqrt(6 / (patch + config.hidden_size))
+    drawn = torch.rand(tokens, config.hidden_size, generator=random) * 2 * bound - bound
+    return drawn.to(hosts.base.device)
+
+
+def _check_images(hosts: PromptHosts, owner: str) -> None:
+    embeddings, config = getattr(hosts.base, "embeddings", None), hosts.base.config
+    square = all(isinstance(getattr(config, name, None), int) for name in ("patch_size", "num_channels", "hidden_size"))
+    known = any(hasattr(embeddings, name) for name in ("cls_token", "class_embedding"))
+    if (
+        not square
+        or not known
+        or hasattr(config, "window_size")
+        or getattr(config, "use_relative_position_bias", False)
+    ):
+        raise ValueError(
+            f"{owner}: {type(hosts.base).__name__} is no network of tokens, and no plain vision transformer with a class token "
+            "and square patches either: there is no place for a prompt."
+        )
+
+
+def _past_length(call: Mapping[str, Any]) -> int:
+    cache = call.get("past_key_values")
+    return 0 if cache is None else int(cache.get_seq_length())
+
+
+def _current(module: nn.Module) -> Any:
+    updates = updates_of(module)
+    return updates.current if updates is not None else None
