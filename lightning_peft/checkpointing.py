@@ -20,7 +20,7 @@ from lightning_peft.adapters.fingerprint import (
     fingerprint_to_plain,
     print_tensor,
 )
-from lightning_peft.adapters.layer import AdaptedLayer, is_merged
+from lightning_peft.adapters.layer import is_merged
 from lightning_peft.freezing import record_trained
 from lightning_peft.version import __version__
 
@@ -111,25 +111,6 @@ def complete(checkpoint: dict[str, Any], root: nn.Module, backbone: str, attachm
     attachment.ever_trained |= brought & set(attachment.flags)
     attachment.values = {name: dict(values) for name, values in record.get("values", {}).items()}
     checkpoint["state_dict"] = {**here, **saved}
-
-
-def refresh_base(backbone: nn.Module, attachment: Attachment) -> None:
-    """Take the fingerprint of the frozen weights anew, in case a base checkpoint was loaded since the adapter came.
-
-    Buffers keep their first print: one that moved since must stay in every checkpoint.
-    """
-    pristine = {
-        f"{path}.{name}".lstrip("."): value
-        for path, layer in backbone.named_modules()
-        if isinstance(layer, AdaptedLayer)
-        for name, value in layer.pristine.items()
-    }
-    for name, parameter in backbone.named_parameters():
-        if name in attachment.base and name not in attachment.ever_trained:
-            taken = print_tensor(pristine.get(name, parameter))
-            # A print in another precision, or of a shard, would say less than the one there is.
-            if taken.digest and taken.dtype == attachment.base[name].dtype:
-                attachment.base[name] = taken
 
 
 def peek(path: str | Path | IO[bytes], *, weights_only: bool = True) -> dict[str, Any]:

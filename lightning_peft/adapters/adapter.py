@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, ClassVar
 
 from torch import nn
 
+from lightning_peft.adapters.own_parameters import own_parameters
 from lightning_peft.matching import nearest
 from lightning_peft.version import __version__
 
@@ -22,7 +23,16 @@ class Adapter(ABC):
 
     To write one, subclass it as a frozen dataclass of plain values and define :meth:`insert`; the functions
     ``add_adapter``, ``remove_adapter``, ``merge_adapter`` ... then work with it, as do the mixins.
+
+    Args:
+        train_also: Globs of modules or parameters of the network that train beside what the adapter trains, such as a head
+            inside the network, or its norms. They belong to the adapter: put away and brought back with it.
+
+    Raises:
+        ValueError: If ``train_also`` is a plain string, here; if a glob matches nothing, when a network is adapted.
     """
+
+    train_also: list[str] | tuple[str, ...] = field(default=(), kw_only=True)
 
     kinds: ClassVar[dict[str, type[Adapter]]] = {}
     """Every adapter class by its name; subclasses enter themselves."""
@@ -39,11 +49,17 @@ class Adapter(ABC):
         super().__init_subclass__(**kwargs)
         Adapter.kinds[cls.__name__] = cls
 
+    def __post_init__(self) -> None:
+        """Check what all adapters have; subclasses that check more call it too."""
+        if isinstance(self.train_also, str):
+            raise ValueError(f"{type(self).__name__}: train_also={self.train_also!r} must be a list of globs.")
+        object.__setattr__(self, "train_also", tuple(self.train_also))  # equal and hashable, whichever sequence it was
+
     def __repr__(self) -> str:
         """Say what differs from the defaults."""
         changed = [
             f"{entry.name}={getattr(self, entry.name)!r}"
-            for entry in fields(self)
+            for entry in sorted(fields(self), key=lambda entry: entry.kw_only is True)
             if getattr(self, entry.name)
             != (entry.default_factory() if callable(entry.default_factory) else entry.default)
         ]
@@ -51,7 +67,9 @@ class Adapter(ABC):
 
     @abstractmethod
     def insert(self, model: nn.Module, name: str) -> list[str]:
-        """Put this adapter's parameters into ``model`` and return the names of all parameters that train.
+        """Put this adapter's parameters into ``model`` and return the names of the parameters that train.
+
+        Those of ``train_also`` need not be among them; ``add_adapter`` sees to it.
 
         Args:
             model: The network to adapt, in place. Flags of ``requires_grad`` are the caller's business.
@@ -60,6 +78,14 @@ class Adapter(ABC):
         Raises:
             ValueError: If the adapter does not fit the network. Nothing has been changed then.
         """
+
+    def also(self, model: nn.Module) -> list[str]:
+        """Return the parameters of ``model`` itself that ``train_also`` chooses.
+
+        Raises:
+            ValueError: If a glob of it matches nothing.
+        """
+        return own_parameters(model, self.train_also, owner=f"{type(self).__name__}: train_also")
 
     def learn_start(self, model: nn.Module, name: str, batches: Iterable[Any]) -> Adapter:
         """Choose where the inserted parameters start by looking at data; return the adapter as it came out.
@@ -88,6 +114,7 @@ class Adapter(ABC):
         """Say why the adapter cannot be added to ``model``, None if it can; nothing is changed."""
         try:
             self.select(model)
+            self.also(model)
         except ValueError as error:
             return str(error)
         return None

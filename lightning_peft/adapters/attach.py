@@ -44,7 +44,8 @@ def add_adapter(
     if attachment is None:
         flags = {key: parameter.requires_grad for key, parameter in model.named_parameters()}
         attachment = Attachment(fingerprint(model), flags)
-    trained = set(adapter.insert(model, name))
+    also = adapter.also(model)
+    trained = {*adapter.insert(model, name), *also}
     parameters = dict(model.named_parameters())
     if adapter.keeps_base:
         new = trained & attachment.flags.keys() - attachment.found.keys()

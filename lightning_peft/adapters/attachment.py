@@ -8,7 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_peft.adapters.adapter import Adapter
-from lightning_peft.adapters.fingerprint import Fingerprint
+from lightning_peft.adapters.fingerprint import Fingerprint, print_tensor
+from lightning_peft.adapters.layer import AdaptedLayer
 
 _ATTRIBUTE = "lightning_peft_attachment"
 
@@ -91,6 +92,25 @@ def check_whole(model: nn.Module, attachment: Attachment, owner: str) -> None:
                 f"{owner}: {name!r} had the shape {found.shape} when the adapter came and has "
                 f"{tuple(here[name].shape)} now, as after resize_token_embeddings. Do that before add_adapter."
             )
+
+
+def refresh_base(backbone: nn.Module, attachment: Attachment) -> None:
+    """Take the fingerprint of the frozen weights anew, in case a base checkpoint was loaded since the adapter came.
+
+    Buffers keep their first print: one that moved since must stay in every checkpoint.
+    """
+    pristine = {
+        f"{path}.{name}".lstrip("."): value
+        for path, layer in backbone.named_modules()
+        if isinstance(layer, AdaptedLayer)
+        for name, value in layer.pristine.items()
+    }
+    for name, parameter in backbone.named_parameters():
+        if name in attachment.base and name not in attachment.ever_trained:
+            taken = print_tensor(pristine.get(name, parameter))
+            # A print in another precision, or of a shard, would say less than the one there is.
+            if taken.digest and taken.dtype == attachment.base[name].dtype:
+                attachment.base[name] = taken
 
 
 def set_attachment(model: nn.Module, attachment: Attachment | None) -> None:

@@ -10,7 +10,6 @@ from torch import nn
 from typing_extensions import override
 
 from lightning_peft.adapters.adapter import Adapter
-from lightning_peft.adapters.updates import hosts
 
 
 @dataclass(frozen=True, repr=False)
@@ -28,6 +27,7 @@ class BaseParameters(Adapter):
 
     def __post_init__(self) -> None:
         """Check what can be known without a network."""
+        super().__post_init__()
         if isinstance(self.targets, str) or not self.targets:
             raise ValueError(f"{type(self).__name__}: targets={self.targets!r} must be a list of globs.")
         object.__setattr__(self, "targets", tuple(self.targets))
@@ -44,17 +44,6 @@ class BaseParameters(Adapter):
     @override
     def insert(self, model: nn.Module, name: str) -> list[str]:
         return self.select(model)
-
-
-def base_parameters(model: nn.Module) -> list[str]:
-    """Return the names of a network's own parameters, those of adapters left out.
-
-    >>> from lightning_peft import LoRA, add_adapter
-    >>> base_parameters(add_adapter(nn.Sequential(nn.Linear(4, 4)), LoRA(rank=2)))
-    ['0.weight', '0.bias']
-    """
-    added = {id(parameter) for _, _, updates in hosts(model) for parameter in updates.parameters()}
-    return [name for name, parameter in model.named_parameters() if id(parameter) not in added]
 
 
 def required(found: Sequence[str], model: nn.Module, *, owner: str, kind: str) -> Sequence[str]:

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from torch import nn
 from typing_extensions import override
 
-from lightning_peft.adapters.base_parameters import BaseParameters, base_parameters, required
+from lightning_peft.adapters.base_parameters import BaseParameters, required
+from lightning_peft.adapters.own_parameters import base_parameters
 from lightning_peft.matching import match_names
 
 

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_peft.adapters.prompt_hosts import PromptHosts, PromptUpdate, layers_of, pretrained_eval
+from lightning_peft.adapters.image_prompt import image_prompt
+from lightning_peft.adapters.prompt_hosts import PromptHosts, PromptUpdate, current_prompt, layers_of, pretrained_eval
 from lightning_peft.adapters.prompt_insertion import Start, replace
-from lightning_peft.adapters.soft_prompt import NOTE, SoftPrompt, image_prompt
-from lightning_peft.adapters.updates import master_dtype, place, updates_of
+from lightning_peft.adapters.soft_prompt import NOTE, SoftPrompt
+from lightning_peft.adapters.updates import master_dtype, place
 
 
 @dataclass(frozen=True, repr=False)
@@ -133,8 +134,7 @@ def take_note(kwargs: dict[str, Any]) -> Start | None:
 
 def put_into_layer(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Forward pre-hook of a layer. It knows all from its arguments: a checkpoint may run it again much later."""
-    updates = updates_of(layer)
-    update = updates.current if updates is not None else None
+    update = current_prompt(layer)
     if not isinstance(update, LayerPrompt):
         return None
     start = take_note(kwargs) if update.start is None else update.start

@@ -17,7 +17,7 @@ from lightning_peft.adapters.adapter import Adapter
 from lightning_peft.adapters.ia3_update import IA3Update
 from lightning_peft.adapters.layer_kinds import AdaptedConv, AdaptedConv1D, AdaptedLinear, kind_of
 from lightning_peft.adapters.layer_targets import select_layers
-from lightning_peft.adapters.lora_targets import Target, adaptable
+from lightning_peft.adapters.lora_targets import Target, adaptable, check_apart
 from lightning_peft.adapters.updates import place
 from lightning_peft.matching import match_names
 
@@ -74,6 +74,7 @@ class IA3(Adapter):
 
     def __post_init__(self) -> None:
         """Check what can be known without a network."""
+        super().__post_init__()
         for name in ("targets", "feedforward", "exclude"):
             value = getattr(self, name)
             if isinstance(value, str) or (name == "targets" and value is not None and not value):
@@ -109,8 +110,9 @@ class IA3(Adapter):
 
     @override
     def insert(self, model: nn.Module, name: str) -> list[str]:
-        trained = []
-        for host, target in self.select(model).items():
+        targets, trained = self.select(model), []
+        check_apart(self.also(model), targets, owner="IA3")
+        for host, target in targets.items():
             kind = kind_of(target.module)
             assert kind is not None
             layer = kind.adapt(target.module)

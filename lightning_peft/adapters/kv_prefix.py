@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_peft.adapters.adapter import Adapter
-from lightning_peft.adapters.prefix_attention import PLAIN, PREFIX, capturing, led_config, plain_name, register
+from lightning_peft.adapters.prefix_attention import PREFIX, capturing, check_plain, led_config, register, unled_config
 from lightning_peft.adapters.prompt_hosts import (
     PromptHosts,
     PromptUpdate,
@@ -26,7 +26,7 @@ from lightning_peft.adapters.prompt_hosts import (
     prompt_hosts,
     text_to_length,
 )
-from lightning_peft.adapters.updates import master_dtype, place, updates_of
+from lightning_peft.adapters.updates import master_dtype, place
 
 SPREAD = 0.02
 
@@ -81,6 +81,7 @@ class KVPrefix(Adapter):
 
     def __post_init__(self) -> None:
         """Check what can be known without a network."""
+        super().__post_init__()
         object.__setattr__(self, "text_ids", tuple(self.text_ids))
         check_prompt("KVPrefix", self.tokens, self.init, ("random", "text"), tuple(self.text_ids))
         width = self.reparametrise
@@ -100,12 +101,10 @@ class KVPrefix(Adapter):
         trained = []
         for depth, (module, start) in enumerate(zip(modules, starts, strict=True)):
             dtype = master_dtype(hosts.base.dtype)
-            found = _found_config(module)
-            update = self._update(start, dtype, found, depth)
+            update = self._update(start, dtype, depth)
             key = place(module, name, update)
-            if id(found) not in configs:
-                configs[id(found)] = led_config(found, PREFIX)
-            module.config = configs[id(found)]
+            found = unled_config(module.config)
+            module.config = configs.setdefault(id(found), led_config(found, PREFIX))
             trained += [f"{hosts.name_of(module)}.{key}{parameter}" for parameter in update.trainable()]
         return trained
 
@@ -120,12 +119,7 @@ class KVPrefix(Adapter):
         check_text("KVPrefix", tuple(self.text_ids), hosts.words)
         modules = attention_of(hosts, owner="KVPrefix")
         for module in modules:
-            chosen = plain_name(module.config)
-            if chosen not in PLAIN:
-                raise ValueError(
-                    f"KVPrefix: the network computes attention by {chosen!r}, and a prefix needs one of {list(PLAIN)}. "
-                    "Call set_attn_implementation('sdpa') on it before."
-                )
+            check_plain(module)
             _prefix_shape(module)
         return hosts, modules
 
@@ -148,10 +142,10 @@ class KVPrefix(Adapter):
             hosts.base(**call)
         return [captured[module] for module in modules]
 
-    def _update(self, start: Tensor, dtype: torch.dtype, found: Any, depth: int) -> PrefixUpdate:
+    def _update(self, start: Tensor, dtype: torch.dtype, depth: int) -> PrefixUpdate:
         if self.reparametrise is not None:
-            return MadePrefix(start, self.reparametrise, dtype=dtype, seed=self.seed + depth, found=found)
-        return PrefixUpdate(start, dtype=dtype, frozen_sink=self.frozen_sink, found=found)
+            return MadePrefix(start, self.reparametrise, dtype=dtype, seed=self.seed + depth)
+        return PrefixUpdate(start, dtype=dtype, frozen_sink=self.frozen_sink)
 
 
 class PrefixUpdate(PromptUpdate):
@@ -161,15 +155,13 @@ class PrefixUpdate(PromptUpdate):
         start: What it starts as, of shape ``(2, kv_heads, tokens, head_dim)``: keys, values.
         dtype: Dtype of the parameters.
         frozen_sink: Keep the first token apart, as a parameter that never trains.
-        found: The module's config before the first prefix came.
     """
 
     prefix: nn.Parameter
     sink: nn.Parameter | None
 
-    def __init__(self, start: Tensor, *, dtype: torch.dtype, found: Any, frozen_sink: bool = False) -> None:
+    def __init__(self, start: Tensor, *, dtype: torch.dtype, frozen_sink: bool = False) -> None:
         super().__init__()
-        self.found = found
         values = start.detach().to(dtype, copy=True)
         self.register_parameter("sink", None)
         if frozen_sink:
@@ -183,7 +175,7 @@ class PrefixUpdate(PromptUpdate):
 
     @override
     def detach_from(self, module: nn.Module) -> None:
-        module.config = self.found
+        module.config = unled_config(module.config)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Enter our functions into transformers' table of the process that reads a pickle."""
@@ -199,11 +191,10 @@ class MadePrefix(PrefixUpdate):
         width: Size of the vectors and of the hidden layer.
         dtype: Dtype of the parameters.
         seed: Seed of the draws.
-        found: The module's config before the first prefix came.
     """
 
-    def __init__(self, start: Tensor, width: int, *, dtype: torch.dtype, seed: int, found: Any) -> None:
-        super().__init__(start, dtype=dtype, found=found)
+    def __init__(self, start: Tensor, width: int, *, dtype: torch.dtype, seed: int) -> None:
+        super().__init__(start, dtype=dtype)
         del self.prefix
         two, heads, tokens, dim = start.shape
         self.shape = (tokens, two, heads, dim)
@@ -221,12 +212,6 @@ class MadePrefix(PrefixUpdate):
     def keys_and_values(self) -> Tensor:
         hidden = torch.tanh(F.linear(self.embedding, self.hidden_weight, self.hidden_bias))
         return F.linear(hidden, self.output_weight, self.output_bias).view(self.shape).permute(1, 2, 0, 3)
-
-
-def _found_config(module: nn.Module) -> Any:
-    updates = updates_of(module)
-    mine = [update for update in updates.values() if isinstance(update, PrefixUpdate)] if updates is not None else []
-    return mine[0].found if mine else module.config
 
 
 def _prefix_shape(module: Any) -> tuple[int, int]:

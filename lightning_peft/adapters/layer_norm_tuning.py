@@ -12,7 +12,8 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from typing_extensions import override
 
-from lightning_peft.adapters.base_parameters import BaseParameters, base_parameters, required
+from lightning_peft.adapters.base_parameters import BaseParameters, required
+from lightning_peft.adapters.own_parameters import base_parameters
 from lightning_peft.matching import match_names
 
 NORMS: tuple[type[nn.Module], ...] = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, _NormBase)

@@ -19,7 +19,7 @@ from lightning_peft.adapters.adapter import Adapter
 from lightning_peft.adapters.eva import eva_start
 from lightning_peft.adapters.layer_kinds import AdaptedParameters, kind_of
 from lightning_peft.adapters.lora_init import initialise
-from lightning_peft.adapters.lora_targets import Target, own_parameters, select_targets
+from lightning_peft.adapters.lora_targets import Target, biases, check_apart, select_targets
 from lightning_peft.adapters.lora_update import UPDATES, LoRAUpdate, ParametersLoRA
 from lightning_peft.adapters.updates import Update, place
 
@@ -58,7 +58,6 @@ class LoRA(Adapter):
             directions of the layer's inputs (Paischer et al. 2024, arXiv:2410.07170, section 3), from the ``batches=`` of
             ``add_adapter``. ``W`` is not touched by any.
         dora: Train the length of every row of ``W + update`` apart from its direction (Liu et al. 2024, arXiv:2402.09353).
-        train_also: Globs of modules or parameters of the network that train too, such as a head inside it or its norms.
         bias: ``"all"`` also trains every bias of the network, ``"lora_only"`` those of the targets.
 
     Raises:
@@ -78,11 +77,11 @@ class LoRA(Adapter):
     scaling: Literal["lora", "rslora"] = "lora"
     init: Literal["default", "pissa", "olora", "orthogonal", "eva"] = "default"
     dora: bool = False
-    train_also: list[str] | tuple[str, ...] = ()
     bias: Literal["none", "all", "lora_only"] = "none"
 
     def __post_init__(self) -> None:
         """Check what can be known without a network."""
+        super().__post_init__()
         for name, rank in [("rank", self.rank), *_entries("rank_pattern", self.rank_pattern)]:
             if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
                 raise ValueError(f"LoRA: {name}={rank!r} must be a whole number of at least 1.")
@@ -94,7 +93,7 @@ class LoRA(Adapter):
         if self.targets != "all-linear" and (isinstance(self.targets, str) or not self.targets):
             raise ValueError(f"LoRA: targets={self.targets!r} must be 'all-linear' or a list of globs.")
         self._check_choices()
-        for name in ("targets", "exclude", "train_also"):  # equal and hashable, whichever sequence they came as
+        for name in ("targets", "exclude"):  # equal and hashable, whichever sequence they came as
             value = getattr(self, name)
             object.__setattr__(self, name, value if isinstance(value, str) else tuple(value))
 
@@ -103,9 +102,8 @@ class LoRA(Adapter):
         for name in ("scaling", "init", "bias"):
             if getattr(self, name) not in get_args(hints[name]):
                 raise ValueError(f"LoRA: {name}={getattr(self, name)!r} must be one of {list(get_args(hints[name]))}.")
-        for name in ("exclude", "train_also"):
-            if isinstance(getattr(self, name), str):
-                raise ValueError(f"LoRA: {name}={getattr(self, name)!r} must be a list of globs.")
+        if isinstance(self.exclude, str):
+            raise ValueError(f"LoRA: exclude={self.exclude!r} must be a list of globs.")
 
     def rank_of(self, layer: str) -> int:
         """Return the rank of the update of a layer."""
@@ -124,7 +122,8 @@ class LoRA(Adapter):
     def insert(self, model: nn.Module, name: str) -> list[str]:
         targets = self.select(model)
         self._check(targets)
-        also = own_parameters(model, self.train_also, self.bias, targets)
+        check_apart(self.also(model), targets, owner="LoRA")
+        also = biases(model, self.bias, targets)
         trained = []
         for host in dict.fromkeys(target.host for target in targets.values()):
             mine = {key: target for key, target in targets.items() if target.host == host}

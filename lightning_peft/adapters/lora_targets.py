@@ -17,6 +17,7 @@ from lightning_peft.adapters.layer_kinds import (
     kind_of,
     own_forward,
 )
+from lightning_peft.adapters.own_parameters import base_parameters
 from lightning_peft.adapters.quantised import is_quantised
 from lightning_peft.matching import match_names
 from lightning_peft.tied import tied_weights
@@ -132,46 +133,35 @@ def select_targets(
     return selected
 
 
-def own_parameters(model: nn.Module, globs: Sequence[str], bias: str, targets: Mapping[str, Target]) -> list[str]:
-    """Return the parameters of the network itself that train beside the updates.
+def biases(model: nn.Module, which: str, targets: Mapping[str, Target]) -> list[str]:
+    """Return the biases of the network that train beside the updates.
 
     Args:
         model: The network.
-        globs: Over names of modules or parameters; a module stands for all its parameters.
-        bias: ``"none"``, ``"all"`` or ``"lora_only"``.
+        which: ``"none"``, ``"all"`` or ``"lora_only"``, those of the targets.
         targets: What the updates go to.
-
-    Raises:
-        ValueError: If a glob matches nothing, or covers a layer that is a target.
     """
-    first = {id(parameter): name for name, parameter in model.named_parameters()}
-    # A weight that several modules share goes by its first name: it trains in all of them and stays shared.
-    parameters = {name: first[id(p)] for name, p in model.named_parameters(remove_duplicate=False)}
-    modules = {path for name in parameters for path in _and_parents(name.rpartition(".")[0])} - {""}
-    named = match_names(
-        sorted(modules | parameters.keys()), globs, owner="LoRA: train_also", kind="module or parameter"
-    )
-    chosen = {
-        kept for name, kept in parameters.items() if name in named or any(name.startswith(f"{path}.") for path in named)
-    }
-    if both := sorted(chosen & {f"{t.host}.{path}".lstrip(".") for t in targets.values() for path in t.parameters}):
-        raise ValueError(
-            f"LoRA: train_also covers {both[0]!r}, which has an update already. Leave it out with exclude=."
-        )
-    if bias == "all":
-        chosen |= {name for name in parameters if name.rpartition(".")[2].endswith("bias")}
-    elif bias == "lora_only":
-        chosen |= {name for name in parameters if name.endswith("bias") and _host_of(name, targets.values())}
-    return [name for name in first.values() if name in chosen]
-
-
-def _and_parents(name: str) -> list[str]:
-    parts = name.split(".")
-    return [".".join(parts[:count]) for count in range(1, len(parts) + 1)]
+    found = [name for name in base_parameters(model) if name.rpartition(".")[2].endswith("bias")]
+    if which == "all":
+        return found
+    return [name for name in found if which == "lora_only" and _host_of(name, targets.values())]
 
 
 def _host_of(name: str, targets: Collection[Target]) -> bool:
     return any(name.startswith(f"{target.host}." if target.host else "") for target in targets)
+
+
+def check_apart(also: Sequence[str], targets: Mapping[str, Target], *, owner: str) -> None:
+    """Refuse a parameter that would get an update and train itself.
+
+    Raises:
+        ValueError: With the name of the first one.
+    """
+    updated = {f"{target.host}.{path}".lstrip(".") for target in targets.values() for path in target.parameters}
+    if both := sorted(updated.intersection(also)):
+        raise ValueError(
+            f"{owner}: train_also covers {both[0]!r}, which has an update already. Leave it out with exclude=."
+        )
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:

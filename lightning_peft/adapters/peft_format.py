@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import json
-import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from lightning_peft.adapters.adapter import Adapter
 from lightning_peft.adapters.attach import add_adapter, remove_adapter
-from lightning_peft.adapters.attachment import attachment_of, check_whole, required_attachment
-from lightning_peft.adapters.peft_config import CONFIG, DESCRIPTIVE, WRITERS, adapter_from_config
+from lightning_peft.adapters.attachment import attachment_of, check_whole, refresh_base, required_attachment
+from lightning_peft.adapters.fingerprint import Fingerprint, fingerprint_differences
+from lightning_peft.adapters.peft_config import WRITERS, adapter_from_config
+from lightning_peft.adapters.peft_folder import read_folder, write_folder
 from lightning_peft.adapters.peft_tensors import PREFIX, entries
+from lightning_peft.adapters.quantised import is_quantised
 from lightning_peft.adapters.switch import check_known, set_adapter
-from lightning_peft.files import write_atomic, write_text
 
-WEIGHTS, OLD_WEIGHTS = "adapter_model.safetensors", "adapter_model.bin"
 _LISTED = 10
 
 
@@ -58,14 +57,13 @@ def save_adapter(module: nn.Module, path: str | Path, *, name: str | None = None
     if empty := [key for key, value in weights.items() if not value.numel()]:
         raise ValueError(f"save_adapter: {empty} are empty. Gather a sharded network before it is saved.")
     record = {"task_type": None, "base_model_name_or_path": base, "revision": None, "inference_mode": True}
-    config = json.dumps({**record, **WRITERS[type(adapter)](model, attachment, name)}, indent=2, sort_keys=True)
-    metadata = {"format": "pt", "config": config}
-    write_atomic(folder / WEIGHTS, lambda draft: save_file(weights, draft, metadata=metadata))
-    write_text(folder / CONFIG, config)
+    config = {**record, **WRITERS[type(adapter)](model, attachment, name)}
+    refresh_base(model, attachment)
+    write_folder(folder, config, weights, attachment.base)
     return folder
 
 
-def load_adapter(module: nn.Module, path: str | Path, *, name: str = "default") -> nn.Module:
+def load_adapter(module: nn.Module, path: str | Path, *, name: str = "default", check_base: bool = True) -> nn.Module:
     """Add the adapter that a PEFT folder holds to a network; every tensor must find its place.
 
     Args:
@@ -73,15 +71,19 @@ def load_adapter(module: nn.Module, path: str | Path, *, name: str = "default") 
             file choose the child that they belong to.
         path: The folder.
         name: Name for the adapter. If the network has others already, it waits for ``set_adapter``.
+        check_base: Refuse a network whose frozen weights are not those that the adapter was trained on. Our files tell
+            them, PEFT's do not. A copy in lower precision is accepted: of it only the shapes can be compared.
 
     Raises:
-        ValueError: If the folder holds another method or an option we do not compute, or a tensor is missing, left
-            over, or of another shape. The network is as it was then.
+        ValueError: If the folder holds another method or an option we do not compute, a tensor is missing, left
+            over, or of another shape, or the network is another one. The network is as it was then.
     """
     folder = Path(path)
-    config, weights = _read_folder(folder)
+    config, weights, base = read_folder(folder)
     model = _network_of(module, weights)
-    return _take(module, model, config, weights, name, source=str(folder), live=False)
+    adapter = adapter_from_config(config, model, live=False)
+    _take(model, adapter, weights, name, source=str(folder), base=base if check_base else None)
+    return module
 
 
 def from_peft(peft_model: Any) -> nn.Module:
@@ -107,13 +109,11 @@ def from_peft(peft_model: Any) -> nn.Module:
     }
     unload = getattr(peft_model.base_model, "unload", None)
     model: nn.Module = unload() if callable(unload) else peft_model.get_base_model()
-    for config, _ in found.values():
-        adapter_from_config(
-            config, model, live=True
-        )  # all or none: what cannot be read is refused before anything is added
-    for name, (config, weights) in found.items():
+    # All or none: what cannot be read is refused before anything is added.
+    adapters = {name: adapter_from_config(config, model, live=True) for name, (config, _) in found.items()}
+    for name, (_, weights) in found.items():
         values = {key: value.detach().clone() for key, value in weights.items()}
-        _take(model, model, config, values, name, source="the PeftModel", live=True)
+        _take(model, adapters[name], values, name, source="the PeftModel")
     return set_adapter(model, active)
 
 
@@ -122,22 +122,49 @@ def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _take(
-    module: nn.Module,
     model: nn.Module,
-    config: Mapping[str, Any],
+    adapter: Adapter,
     weights: dict[str, Tensor],
     name: str,
     *,
     source: str,
-    live: bool,
-) -> nn.Module:
-    add_adapter(model, adapter_from_config(config, model, live=live), name)
+    base: Fingerprint | None = None,
+) -> None:
+    add_adapter(model, adapter, name)
     try:
+        _check_base(model, name, base, source)
         _fill(model, name, weights, source)
     except ValueError:
         remove_adapter(model, name)
         raise
-    return module
+
+
+def _check_base(model: nn.Module, name: str, saved: Fingerprint | None, source: str) -> None:
+    if saved is None:
+        return
+    attachment = required_attachment(model, "load_adapter")
+    quantised = [f"{path}." for path, layer in model.named_modules() if is_quantised(layer)]
+    here = {key: found for key, found in attachment.base.items() if not key.startswith(tuple(quantised))}
+    there = {
+        key: replace(found, digest="") if key in here and _narrower(here[key].dtype, found.dtype) else found
+        for key, found in saved.items()
+        if not key.startswith(tuple(quantised))
+    }
+    ignore = attachment.base_parameters(name)
+    if wrong := fingerprint_differences(there, here, ignore=ignore, model=model):
+        raise ValueError(
+            f"load_adapter: {source} was trained on another network than this {type(model).__name__}, in {len(wrong)} tensors:\n"
+            f"{_listing(wrong)}\nGive the network that it was trained on, or check_base=False if that is meant."
+        )
+
+
+def _narrower(one: str, other: str) -> bool:
+    return bool(getattr(torch, one).itemsize < getattr(torch, other).itemsize)
+
+
+def _listing(lines: Sequence[str]) -> str:
+    more = [f"  ... and {len(lines) - _LISTED} more"] if len(lines) > _LISTED else []
+    return "\n".join([*(f"  {line}" for line in lines[:_LISTED]), *more])
 
 
 def _adapted(module: nn.Module) -> nn.Module:
@@ -162,48 +189,10 @@ def _network_of(module: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module:
     return fits[0] if fits else module
 
 
-def _read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    file = (
-        folder / WEIGHTS
-        if (folder / WEIGHTS).is_file() or not (folder / OLD_WEIGHTS).is_file()
-        else folder / OLD_WEIGHTS
-    )
-    for needed in (folder / CONFIG, file):
-        if not needed.is_file():
-            raise ValueError(
-                f"load_adapter: {folder} has no {needed.name}. Give the folder that save_adapter or PEFT wrote; an adapter "
-                "with another name than 'default' lies in a folder of that name within."
-            )
-    weights, written = _read_weights(file)
-    try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        assert isinstance(config, dict)
-    except (ValueError, AssertionError) as error:
-        raise ValueError(f"load_adapter: {folder / CONFIG} is damaged ({error}). Copy it again.") from error
-    changed = sorted(key for key in written.keys() | config.keys() if written.get(key) != config.get(key))
-    if written and (changed := [key for key in changed if key not in DESCRIPTIVE]):
-        raise ValueError(
-            f"load_adapter: {CONFIG} is not the one that {file.name} was saved with: {changed} differ. A save was "
-            "interrupted, or the file was edited. Save again."
-        )
-    # Adapters' names are no part of PEFT's keys; some writers leave "default" in.
-    return config, {re.sub(r"\.default(?=\.|$)", "", key): value for key, value in weights.items()}
-
-
-def _read_weights(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    try:
-        if file.suffix == ".bin":
-            return torch.load(file, map_location="cpu", weights_only=True), {}
-        with safe_open(file, framework="pt") as stream:
-            written = json.loads((stream.metadata() or {}).get("config", "{}"))
-            return {key: stream.get_tensor(key) for key in stream.keys()}, written  # noqa: SIM118 - not a dict
-    except Exception as error:
-        raise ValueError(f"load_adapter: {file} is damaged ({error}). Copy or train it again.") from error
-
-
 def _fill(model: nn.Module, name: str, weights: dict[str, Tensor], source: str) -> None:
     places = entries(model, required_attachment(model, "load_adapter"), name)
-    wrong = [f"missing: {key}" for key in sorted(places.keys() - weights.keys())]
+    needed = {key for key, place in places.items() if not place.optional}
+    wrong = [f"missing: {key}" for key in sorted(needed - weights.keys())]
     wrong += [f"left over: {key}" for key in sorted(weights.keys() - places.keys())]
     wrong += [
         f"shape {tuple(weights[key].shape)} in the file, {place.shape} in the network: {key}"
@@ -211,9 +200,8 @@ def _fill(model: nn.Module, name: str, weights: dict[str, Tensor], source: str) 
         if key in weights and tuple(weights[key].shape) != place.shape
     ]
     if wrong:
-        listed = "\n".join(f"  {line}" for line in wrong[:_LISTED])
         raise ValueError(
-            f"load_adapter: {source} does not fit this {type(model).__name__}, in {len(wrong)} keys:\n{listed}"
+            f"load_adapter: {source} does not fit this {type(model).__name__}, in {len(wrong)} keys:\n{_listing(wrong)}"
         )
-    for key, place in places.items():
-        place.write(weights[key])
+    for key in places.keys() & weights.keys():
+        places[key].write(weights[key])

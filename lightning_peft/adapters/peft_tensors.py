@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.adapters.attachment import Attachment
+from lightning_peft.adapters.ia3_update import IA3Update
 from lightning_peft.adapters.layer_kinds import AdaptedConv
 from lightning_peft.adapters.lora_update import EmbeddingLoRA, LoRAUpdate, ParametersLoRA
 from lightning_peft.adapters.updates import Update, hosts
+from lightning_peft.adapters.vera_update import VeRAUpdate
 
 PREFIX = "base_model.model."
 
@@ -20,7 +22,12 @@ PREFIX = "base_model.model."
 class Entry(Protocol):
     """One tensor of a file."""
 
-    shape: tuple[int, ...]
+    optional: bool
+    """Whether a file may lack it."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape in the file."""
 
     def read(self) -> Tensor:
         """Return the value to write into the file."""
@@ -36,6 +43,7 @@ class Stored:
     place: Tensor
     shape: tuple[int, ...]
     factor: float = 1.0
+    optional: bool = False
 
     def read(self) -> Tensor:
         """Return a copy on the CPU, which shares memory with nothing."""
@@ -45,6 +53,36 @@ class Stored:
         """Copy the value into the network."""
         with torch.no_grad():
             self.place.copy_(value.reshape(self.place.shape).to(self.place.dtype) / self.factor)
+
+
+@dataclass
+class Drawn:
+    """A tensor that is drawn from a seed: a file may hold it, and then it must hold the same."""
+
+    place: Tensor
+    key: str
+    optional = True
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape in the file."""
+        return tuple(self.place.shape)
+
+    def read(self) -> Tensor:
+        """Return a copy on the CPU."""
+        return self.place.detach().cpu().clone()
+
+    def write(self, value: Tensor) -> None:
+        """Compare.
+
+        Raises:
+            ValueError: If the file holds another tensor than its seed gives.
+        """
+        if not torch.allclose(self.place.to(value), value, rtol=1e-2 if value.itemsize < 4 else 1e-6, atol=0):
+            raise ValueError(
+                f"load_adapter: {self.key} in the file is not what its projection_prng_key gives here, so training could not "
+                "be resumed from a checkpoint, which holds the key alone."
+            )
 
 
 def entries(model: nn.Module, attachment: Attachment, name: str) -> dict[str, Entry]:
@@ -62,6 +100,7 @@ def entries(model: nn.Module, attachment: Attachment, name: str) -> dict[str, En
         if update is not None:
             targeted.add(path)
             found |= {f"{PREFIX}{path}.{key}".replace("..", "."): entry for key, entry in _of_update(update, module)}
+            found |= _shared(update)
     parameters = dict(model.named_parameters())
     for key in sorted(attachment.base_parameters(name)):
         place = parameters[key] if attachment.active == name else attachment.values[name][key]
@@ -84,13 +123,31 @@ def _of_update(update: Update, module: nn.Module) -> Iterator[tuple[str, Entry]]
             yield "lora_B.weight", _whole(b)
         case ParametersLoRA():
             yield from _of_parameters(update, module)
+        case VeRAUpdate():
+            yield "vera_lambda_b", _whole(update.vera_lambda_b)
+            yield "vera_lambda_d", _whole(update.vera_lambda_d)
+        case IA3Update():
+            size, taps = update.ia3_l.numel(), _kernel_ones(module)
+            flat = (1, size) if update.scales_input else (size, 1)
+            yield "ia3_l", Stored(update.ia3_l, flat if taps is None else (1, size, *taps))
     magnitude = getattr(update, "lora_magnitude_vector", None)
     if magnitude is not None:
-        ones = [1] * len(module.kernel_size) if isinstance(module, AdaptedConv) else None
-        yield (
-            "lora_magnitude_vector",
-            Stored(magnitude, (len(magnitude),) if ones is None else (1, len(magnitude), *ones)),
-        )
+        size, taps = len(magnitude), _kernel_ones(module)
+        yield "lora_magnitude_vector", Stored(magnitude, (size,) if taps is None else (1, size, *taps))
+
+
+def _kernel_ones(module: nn.Module) -> list[int] | None:
+    """Return a 1 for every dimension of a convolution's kernel, None for other layers."""
+    return [1] * len(module.kernel_size) if isinstance(module, AdaptedConv) else None
+
+
+def _shared(update: Update) -> dict[str, Entry]:
+    """Return what an adapter has once for all layers, by the keys in PEFT's files."""
+    projections = getattr(update, "projections", None)
+    if not isinstance(update, VeRAUpdate) or projections is None:
+        return {}
+    keys = {"base_model.vera_A": projections.vera_A, "base_model.vera_B": projections.vera_B}
+    return {key: Drawn(place, key) for key, place in keys.items()}
 
 
 def _whole(tensor: Tensor, factor: float = 1.0) -> Stored:

@@ -11,47 +11,50 @@ import copy
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - the field's name for it
 from torch import Tensor, nn
 
-from lightning_peft.adapters.updates import updates_of
+from lightning_peft.adapters.prompt_hosts import current_prompt
 
 PLAIN = ("sdpa", "eager")
 """Attention functions that a prefix can be put before."""
 
-PREFIX, CAPTURE = "lightning_peft_prefix_", "lightning_peft_capture_"
-"""How the names of our functions begin in transformers' table, which is one for the whole process."""
+PREFIX, CAPTURE = "lightning_peft_prefix", "lightning_peft_capture"
+"""Names of our functions in transformers' table, which is one for the whole process."""
 
-CAPTURED = "lightning_peft_captured"
+CAPTURED, UNLED = "lightning_peft_captured", "lightning_peft_unled"
 
 
 def register() -> None:
     """Enter our functions into transformers' table; again is no harm."""
     from transformers import AttentionInterface  # noqa: PLC0415 - costs seconds, and not everybody adapts one
 
-    for plain in PLAIN:
-        AttentionInterface.register(f"{PREFIX}{plain}", partial(prefix_attention, plain))
-        AttentionInterface.register(f"{CAPTURE}{plain}", partial(captured_attention, plain))
+    AttentionInterface.register(PREFIX, prefix_attention)
+    AttentionInterface.register(CAPTURE, captured_attention)
 
 
-def led_config(config: Any, kind: str) -> Any:
-    """Return a copy of a config that leads attention to our function of that kind (``PREFIX``, ``CAPTURE``)."""
+def led_config(config: Any, function: str) -> Any:
+    """Return a copy of a config that leads attention to that function of ours (``PREFIX``, ``CAPTURE``)."""
     led = copy.copy(config)
-    led._attn_implementation = f"{kind}{plain_name(config)}"
+    led._attn_implementation = function
+    setattr(led, UNLED, unled_config(config))
     return led
 
 
+def unled_config(config: Any) -> Any:
+    """Return the config that a copy of ours stands for: the network's own, which still chooses how attention is computed."""
+    return getattr(config, UNLED, config)
+
+
 def plain_name(config: Any) -> str:
-    """Return the name of the attention function that a config chose before we came."""
-    return str(config._attn_implementation or "eager").removeprefix(PREFIX)
+    """Return the name of the attention function that the network's own config chooses."""
+    return str(unled_config(config)._attn_implementation or "eager")
 
 
-def prefix_attention(  # noqa: PLR0917 - transformers' signature
-    plain: str,
+def prefix_attention(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -62,7 +65,6 @@ def prefix_attention(  # noqa: PLR0917 - transformers' signature
     """Let the queries see the active prefix of ``module`` too.
 
     Args:
-        plain: Name of the function that computes.
         module: The attention module, host of a prefix update.
         query: Of shape ``(batch, heads, tokens, head_dim)``.
         key: Of shape ``(batch, kv_heads, keys, head_dim)``.
@@ -71,22 +73,17 @@ def prefix_attention(  # noqa: PLR0917 - transformers' signature
         **kwargs: What the function takes besides.
 
     Raises:
-        ValueError: If the mask is of another attention function.
+        ValueError: If the network computes attention in a way that no prefix can be put before.
     """
-    updates = updates_of(module)
-    update: Any = updates.current if updates is not None else None
+    update = current_prompt(module)
     if update is None:
-        return _plain(plain, module)(module, query, key, value, attention_mask, **kwargs)
+        return _plain(module)(module, query, key, value, attention_mask, **kwargs)
+    plain = check_plain(module)
     prefix = update.keys_and_values().to(key.dtype)
     count = prefix.shape[-2]
     if attention_mask is None and plain == "sdpa":
         attention_mask = _causal_mask(module, query, key, kwargs.get("is_causal"))
     if attention_mask is not None:
-        if attention_mask.ndim != 4:
-            raise ValueError(
-                f"KVPrefix: a mask of shape {tuple(attention_mask.shape)} belongs to another attention function. Call "
-                "set_attn_implementation('sdpa') on the network."
-            )
         visible = attention_mask.new_full((*attention_mask.shape[:-1], count), attention_mask.dtype == torch.bool)
         attention_mask = torch.cat([visible, attention_mask], -1)
     if kwargs.get("position_bias") is not None:
@@ -94,7 +91,7 @@ def prefix_attention(  # noqa: PLR0917 - transformers' signature
     prefix = prefix[:, None].expand(-1, key.shape[0], -1, -1, -1)
     key, value = torch.cat([prefix[0], key], 2), torch.cat([prefix[1], value], 2)
     kwargs["is_causal"] = False
-    return _plain(plain, module)(module, query, key, value, attention_mask, **kwargs)
+    return _plain(module)(module, query, key, value, attention_mask, **kwargs)
 
 
 def _causal_mask(module: nn.Module, query: Tensor, key: Tensor, is_causal: bool | None) -> Tensor | None:
@@ -106,8 +103,7 @@ def _causal_mask(module: nn.Module, query: Tensor, key: Tensor, is_causal: bool 
     return mask.expand(query.shape[0], 1, -1, -1)
 
 
-def captured_attention(  # noqa: PLR0917 - transformers' signature
-    plain: str,
+def captured_attention(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -117,7 +113,7 @@ def captured_attention(  # noqa: PLR0917 - transformers' signature
 ) -> Any:
     """Compute as ever and note keys and values on the module."""
     vars(module)[CAPTURED] = torch.stack([key[0], value[0]])
-    return _plain(plain, module)(module, query, key, value, attention_mask, **kwargs)
+    return _plain(module)(module, query, key, value, attention_mask, **kwargs)
 
 
 @contextmanager
@@ -137,9 +133,25 @@ def capturing(modules: Sequence[nn.Module]) -> Iterator[dict[nn.Module, Tensor]]
             vars(module).pop(CAPTURED, None)
 
 
-def _plain(plain: str, module: nn.Module) -> Any:
-    if plain == "eager":  # each model family has one of its own
+def check_plain(module: Any) -> str:
+    """Return the name of the attention function that computes for a module.
+
+    Raises:
+        ValueError: If it is none that a prefix can be put before.
+    """
+    chosen = plain_name(module.config)
+    if chosen not in PLAIN:
+        raise ValueError(
+            f"KVPrefix: the network computes attention by {chosen!r}, and a prefix needs one of {list(PLAIN)}. "
+            "Call set_attn_implementation('sdpa') on it before."
+        )
+    return chosen
+
+
+def _plain(module: Any) -> Any:
+    chosen = plain_name(module.config)
+    if chosen == "eager":  # each model family has one of its own
         return inspect.unwrap(type(module).forward).__globals__["eager_attention_forward"]
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS  # noqa: PLC0415 - costs seconds
 
-    return ALL_ATTENTION_FUNCTIONS[plain]
+    return ALL_ATTENTION_FUNCTIONS[chosen]

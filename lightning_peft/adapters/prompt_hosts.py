@@ -169,6 +169,12 @@ class PromptUpdate(Update):
 Hook = Callable[..., Any]
 
 
+def current_prompt(module: nn.Module) -> Any:
+    """Return the update of ``module`` that acts now, None for the network alone."""
+    updates = updates_of(module)
+    return updates.current if updates is not None else None
+
+
 def text_to_length(text_ids: tuple[int, ...], tokens: int) -> Tensor:
     """Repeat a text or cut it, so that it has that many tokens.
 

@@ -6,7 +6,7 @@ a sliding window, or a distance that is counted in entries, would see the paddin
 
 from __future__ import annotations
 
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -73,6 +73,31 @@ def replace(entries: Tensor, block: Tensor, start: Start) -> Tensor:
         return torch.cat([entries[:, :start], blocks, entries[:, start + count :]], 1)
     target = start[:, None] + torch.arange(count, device=entries.device)
     return entries.index_put((_rows(target), target), blocks)
+
+
+def strip_output(output: Any, length: int, count: int, start: Start) -> Any:
+    """Take a prompt out of all hidden states of a network's output, a tuple or transformers' ``ModelOutput``.
+
+    Args:
+        output: What the base model returned.
+        length: Number of entries with the prompt.
+        count: Number of entries of the prompt.
+        start: Where it begins.
+    """
+
+    def taken(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(taken(entry) for entry in value)
+        if isinstance(value, Tensor) and value.ndim == 3 and value.shape[1] == length:
+            return strip(value, count, start)
+        return value
+
+    if isinstance(output, tuple):
+        return taken(output)
+    for key in ("last_hidden_state", "hidden_states"):
+        if output.get(key) is not None:
+            output[key] = taken(output[key])
+    return output
 
 
 def shift_positions(positions: Tensor, count: int, start: Start, *, after_first: bool) -> Tensor:

@@ -6,7 +6,6 @@ Lester et al. 2021, "The Power of Scale for Parameter-Efficient Prompt Tuning", 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -16,17 +15,19 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_peft.adapters.adapter import Adapter
+from lightning_peft.adapters.image_prompt import check_images, image_prompt, place_image_prompt
 from lightning_peft.adapters.prompt_hosts import (
     PromptHosts,
     PromptUpdate,
     check_prompt,
     check_text,
+    current_prompt,
     pretrained_eval,
     prompt_hosts,
     text_to_length,
 )
-from lightning_peft.adapters.prompt_insertion import insert, prompt_start, shift_positions, strip
-from lightning_peft.adapters.updates import master_dtype, place, updates_of
+from lightning_peft.adapters.prompt_insertion import Start, insert, prompt_start, shift_positions, strip_output
+from lightning_peft.adapters.updates import master_dtype, place
 
 NOTE = "prompt_start"
 """Keyword by which the layers of a network hear where the prompt stands; None: not in this call."""
@@ -81,6 +82,7 @@ class SoftPrompt(Adapter):
 
     def __post_init__(self) -> None:
         """Check what can be known without a network."""
+        super().__post_init__()
         object.__setattr__(self, "text_ids", tuple(self.text_ids))
         check_prompt(
             type(self).__name__, self.tokens, self.init, ("vocabulary", "text", "random"), tuple(self.text_ids)
@@ -103,7 +105,7 @@ class SoftPrompt(Adapter):
         hosts = prompt_hosts(model, owner=owner)
         check_text(owner, tuple(self.text_ids), hosts.words)
         if hosts.words is None:
-            _check_images(hosts, owner)
+            check_images(hosts, owner)
             return hosts
         if not isinstance(hosts.words, nn.Embedding) or "inputs_embeds" not in hosts.inputs:
             raise ValueError(
@@ -139,15 +141,10 @@ class SoftPrompt(Adapter):
         """Put the prompt in; return the name of its parameter."""
         base = hosts.base
         if hosts.words is None:
-            image = ImagePrompt(prompt, dtype=base.dtype)
-            key = place(base.embeddings, name, image)
-            image.attach_to(base.embeddings, after=put_into_patches)
-            taken = ImageStrip(self.tokens, after_first=self.after_first is not False)
-            place(base, name, taken)
-            image.after_first = taken.after_first
-            taken.attach_to(base, after=take_out_of_image)
-            return [f"{hosts.name_of(base.embeddings)}.{key}prompt"]
-        text = TextPrompt(prompt, hosts, after_first=bool(self.after_first), tell_layers=tell_layers)
+            return [place_image_prompt(hosts, name, prompt, after_first=self.after_first is not False)]
+        text = TextPrompt(
+            prompt, hosts, owner=type(self).__name__, after_first=bool(self.after_first), tell_layers=tell_layers
+        )
         key = place(base, name, text)
         text.attach_to(base, before=put_into_text, after=take_out_of_text)
         return [f"{hosts.path}.{key}prompt".lstrip(".")]
@@ -159,17 +156,18 @@ class TextPrompt(PromptUpdate):
     Args:
         prompt: What it starts as, of shape ``(tokens, dim)``.
         hosts: The network.
+        owner: Name of the adapter; error messages begin with it.
         after_first: Whether the first token stays in front.
         tell_layers: Whether the layers hear where the prompt stands.
     """
 
-    def __init__(self, prompt: Tensor, hosts: PromptHosts, *, after_first: bool, tell_layers: bool) -> None:
+    def __init__(self, prompt: Tensor, hosts: PromptHosts, *, owner: str, after_first: bool, tell_layers: bool) -> None:
         super().__init__()
         assert hosts.words is not None
         self.prompt = nn.Parameter(prompt.detach().to(master_dtype(hosts.words.weight.dtype), copy=True))
         self.inputs, self.max_length = hosts.inputs, hosts.max_length
         self.counts_from = None if hosts.positions is None else hosts.positions.padding_idx
-        self.after_first, self.tell_layers = after_first, tell_layers
+        self.owner, self.after_first, self.tell_layers = owner, after_first, tell_layers
 
     def extend(self, base: Any, call: Mapping[str, Any]) -> dict[str, Any]:
         """Return the arguments of a call with the prompt in them; after the first step of decoding it is in the cache.
@@ -182,15 +180,7 @@ class TextPrompt(PromptUpdate):
         embedded: Tensor | None = call.get("inputs_embeds")
         if (ids is None) == (embedded is None):
             return given  # the network itself says what is wrong
-        if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
-            raise ValueError(
-                "SoftPrompt: attention_mask must have the shape (batch, tokens); masks of other shapes, also those of "
-                "caches of fixed size, leave no room for the prompt."
-            )
-        if (positions := call.get("position_ids")) is not None and positions.ndim != 2:
-            raise ValueError(
-                f"SoftPrompt: position_ids must have the shape (batch, tokens), not {tuple(positions.shape)}."
-            )
+        self._check_shapes(call)
         entries = ids if embedded is None else embedded
         assert entries is not None
         shape, count = (entries.shape[0], entries.shape[1]), len(self.prompt)
@@ -211,9 +201,7 @@ class TextPrompt(PromptUpdate):
             given["token_type_ids"] = insert(types, types.new_zeros(len(types), count), start)
         return given
 
-    def _positions(
-        self, call: Mapping[str, Any], shape: tuple[int, int], past: int, start: int | Tensor
-    ) -> Tensor | None:
+    def _positions(self, call: Mapping[str, Any], shape: tuple[int, int], past: int, start: Start) -> Tensor | None:
         positions, mask = call.get("position_ids"), call.get("attention_mask")
         if positions is None:
             if past and mask is None:
@@ -238,10 +226,22 @@ class TextPrompt(PromptUpdate):
             real = torch.ones(1, shape[1], dtype=torch.long, device=self.prompt.device)
         return real.cumsum(1) * real + pad
 
+    def _check_shapes(self, call: Mapping[str, Any]) -> None:
+        mask, positions = call.get("attention_mask"), call.get("position_ids")
+        if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
+            raise ValueError(
+                f"{self.owner}: attention_mask must have the shape (batch, tokens); masks of other shapes, also those of "
+                "caches of fixed size, leave no room for the prompt."
+            )
+        if positions is not None and positions.ndim != 2:
+            raise ValueError(
+                f"{self.owner}: position_ids must have the shape (batch, tokens), not {tuple(positions.shape)}."
+            )
+
     def _check_length(self, length: int) -> None:
         if self.max_length is not None and length > self.max_length:
             raise ValueError(
-                f"SoftPrompt: input and prompt of {len(self.prompt)} tokens have {length} together, and the network has learned "
+                f"{self.owner}: input and prompt of {len(self.prompt)} tokens have {length} together, and the network has learned "
                 f"{self.max_length} positions. Shorten the input to {self.max_length - len(self.prompt)} tokens."
             )
 
@@ -256,7 +256,7 @@ class TextPrompt(PromptUpdate):
 
 def put_into_text(base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Forward pre-hook of a base model that reads text."""
-    update = _current(base)
+    update = current_prompt(base)
     if not isinstance(update, TextPrompt):
         return None
     return (), update.extend(base, {**dict(zip(update.inputs, args, strict=False)), **kwargs})
@@ -264,100 +264,10 @@ def put_into_text(base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
 
 def take_out_of_text(base: Any, _args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
     """Forward hook of a base model that reads text."""
-    update = _current(base)
+    update = current_prompt(base)
     return update.reduce(kwargs, output) if isinstance(update, TextPrompt) else output
-
-
-class ImagePrompt(PromptUpdate):
-    """A prompt among embedded patches; it stands on the module that embeds them."""
-
-    def __init__(self, prompt: Tensor, *, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.prompt = nn.Parameter(prompt.detach().to(master_dtype(dtype), copy=True))
-        self.after_first = True
-
-
-class ImageStrip(PromptUpdate):
-    """Takes the prompt out again; it stands on the base model and has no parameters."""
-
-    def __init__(self, tokens: int, *, after_first: bool) -> None:
-        super().__init__()
-        self.tokens, self.after_first = tokens, after_first
-
-
-def put_into_patches(embeddings: nn.Module, _args: Any, _kwargs: Any, output: Tensor) -> Tensor:
-    """Forward hook of the module that embeds patches."""
-    update = _current(embeddings)
-    if not isinstance(update, ImagePrompt):
-        return output
-    prompt = update.prompt.to(output.dtype).expand(len(output), -1, -1)
-    return insert(output, prompt, int(update.after_first))
-
-
-def take_out_of_image(base: nn.Module, _args: Any, _kwargs: Any, output: Any) -> Any:
-    """Forward hook of a base model that reads images."""
-    update = _current(base)
-    if not isinstance(update, ImageStrip):
-        return output
-    length = (output[0] if isinstance(output, tuple) else output.last_hidden_state).shape[1]
-    return strip_output(output, length, update.tokens, int(update.after_first))
-
-
-def strip_output(output: Any, length: int, count: int, start: int | Tensor) -> Any:
-    """Take a prompt out of all hidden states of a network's output, a tuple or transformers' ``ModelOutput``.
-
-    Args:
-        output: What the base model returned.
-        length: Number of entries with the prompt.
-        count: Number of entries of the prompt.
-        start: Where it begins.
-    """
-
-    def taken(value: Any) -> Any:
-        if isinstance(value, tuple):
-            return tuple(taken(entry) for entry in value)
-        if isinstance(value, Tensor) and value.ndim == 3 and value.shape[1] == length:
-            return strip(value, count, start)
-        return value
-
-    if isinstance(output, tuple):
-        return taken(output)
-    for key in ("last_hidden_state", "hidden_states"):
-        if output.get(key) is not None:
-            output[key] = taken(output[key])
-    return output
-
-
-def image_prompt(hosts: PromptHosts, tokens: int, random: torch.Generator) -> Tensor:
-    """Draw ``U(-v, v)`` with ``v^2 = 6 / (inputs of a patch + dim)``, as VPT does; of shape ``(tokens, dim)``."""
-    config = hosts.base.config
-    patch = config.num_channels * config.patch_size**2
-    bound = math.sqrt(6 / (patch + config.hidden_size))
-    drawn = torch.rand(tokens, config.hidden_size, generator=random) * 2 * bound - bound
-    return drawn.to(hosts.base.device)
-
-
-def _check_images(hosts: PromptHosts, owner: str) -> None:
-    embeddings, config = getattr(hosts.base, "embeddings", None), hosts.base.config
-    square = all(isinstance(getattr(config, name, None), int) for name in ("patch_size", "num_channels", "hidden_size"))
-    known = any(hasattr(embeddings, name) for name in ("cls_token", "class_embedding"))
-    if (
-        not square
-        or not known
-        or hasattr(config, "window_size")
-        or getattr(config, "use_relative_position_bias", False)
-    ):
-        raise ValueError(
-            f"{owner}: {type(hosts.base).__name__} is no network of tokens, and no plain vision transformer with a class token "
-            "and square patches either: there is no place for a prompt."
-        )
 
 
 def _past_length(call: Mapping[str, Any]) -> int:
     cache = call.get("past_key_values")
     return 0 if cache is None else int(cache.get_seq_length())
-
-
-def _current(module: nn.Module) -> Any:
-    updates = updates_of(module)
-    return updates.current if updates is not None else None

@@ -16,7 +16,7 @@ from typing_extensions import override
 from lightning_peft.adapters.adapter import Adapter
 from lightning_peft.adapters.layer_kinds import kind_of
 from lightning_peft.adapters.layer_targets import select_layers
-from lightning_peft.adapters.lora_targets import LINEAR, Target
+from lightning_peft.adapters.lora_targets import LINEAR, Target, check_apart
 from lightning_peft.adapters.updates import master_dtype, place
 from lightning_peft.adapters.vera_update import Projections, VeRAUpdate
 
@@ -58,6 +58,7 @@ class VeRA(Adapter):
 
     def __post_init__(self) -> None:
         """Check what can be known without a network."""
+        super().__post_init__()
         for name, least in (("rank", 1), ("seed", 0)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
@@ -86,6 +87,7 @@ class VeRA(Adapter):
     @override
     def insert(self, model: nn.Module, name: str) -> list[str]:
         targets = self.select(model)
+        check_apart(self.also(model), targets, owner="VeRA")
         first = next(iter(targets.values())).module.get_parameter("weight")
         shared = Projections(
             self.rank, max(t.width for t in targets.values()), max(t.out for t in targets.values()), self.seed

@@ -12,9 +12,9 @@ from torch import nn
 from typing_extensions import override
 
 from lightning_peft.adapters import Adapter, add_adapter, set_adapter
-from lightning_peft.adapters.attachment import Attachment, attachment_of, check_whole
+from lightning_peft.adapters.attachment import Attachment, attachment_of, check_whole, refresh_base
 from lightning_peft.adapters.backbone import WHOLE, find_backbone, prefix_of, submodule, unknown_backbone
-from lightning_peft.checkpointing import complete, peek, read_record, refresh_base, slim
+from lightning_peft.checkpointing import complete, peek, read_record, slim
 from lightning_peft.freezing import trainable_count, trainable_names
 from lightning_peft.logging import log_values
 from lightning_peft.mixins.guards import refuse_dead_adapters, refuse_fit, warn_of_moved_flags
