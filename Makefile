@@ -30,6 +30,7 @@ check: $(READY)  ## lint, types, import direction
 	$(RUN) -m pytest -q tests/test_layout.py
 
 bench: $(READY)  ## make the tables of the docs anew (about two hours on two cores)
+	$(RUN) benchmarks/adapter_step.py --page docs/adapter_step.md
 	$(RUN) benchmarks/sentiment.py --tune
 	$(RUN) benchmarks/sentiment.py
 	$(RUN) benchmarks/sentiment.py --ablate --seeds 0
@@ -37,6 +38,7 @@ bench: $(READY)  ## make the tables of the docs anew (about two hours on two cor
 
 gpu: $(READY)  ## run the parity suite and the main job on the GPUs of this machine (CUDA + NCCL)
 	PARITY_ACCELERATOR=gpu $(RUN) -m pytest -q tests/test_distributed.py
+	$(RUN) benchmarks/adapter_step.py --out benchmarks/results/adapter_step_gpu.json --page docs/adapter_step_gpu.md
 	$(RUN) -m lightning_peft.recipes.sentiment --accelerator gpu --out runs/gpu
 
 compat: $(OLDEST)/.ready  ## run the fast tests with the oldest supported versions, in a second environment

@@ -1,13 +1,9 @@
 """What an adapter costs: bytes moved, activations kept, host time and step time, beside PEFT, the frozen base and full tuning.
 
-Two parts are exact counts, the same on any machine; the other two are times, of arms that take turns in one process.
+Two parts are exact counts, the same on any machine; the others are times, of arms that take turns in one process.
 
-``bytes`` counts what one adapted linear layer (1024 x 1024, 2048 tokens, rank 16) adds to the frozen one. The rule: an
-operation moves every tensor that it is given and every tensor that it returns, each in full and in its own dtype. An
-operation in place is given its target and returns it, so it counts twice; a cast counts its source and its result; views
-(``view``, ``t``, ``as_strided``, ``detach``, ...), ``empty`` and the reading of a scalar move nothing. What happens inside one
-operation is not seen, and the counts are those of the CPU, where dropout is several operations, and of one that can
-multiply bfloat16 matrices: a library may go around CPUs that cannot.
+``bytes`` counts what one adapted linear layer (1024 x 1024, 2048 tokens, rank 16) adds to the frozen one; ``traffic.py`` has
+the rule.
 
 ``saved`` counts what a Llama of two layers (512 tokens) keeps for the backward pass: every storage once, parameters not.
 
@@ -16,6 +12,9 @@ multiply bfloat16 matrices: a library may go around CPUs that cannot.
 ``step`` times forward, backward and optimizer. The ratio to PEFT is taken round by round; the overhead is what a round takes
 beyond the frozen base, as a fraction of PEFT's. "Frozen" is the limit: forward and the gradient of the input, which every
 arm computes.
+
+``tried`` times two ideas by themselves: one stacked ``A`` for the three projections that read one input, and no gradient for
+the input of the network, which no adapter below needs.
 """
 
 from __future__ import annotations
@@ -32,26 +31,22 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import peft
 import torch
 import transformers
 from rich.console import Console
-from rich.table import Table as RichTable
+from step_tables import ARMS, Row, page, tables, targets
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
+from traffic import Traffic, saved_bytes, with_half_units
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, ViTConfig, ViTModel
 
 import lightning_peft
 from lightning_peft import LoRA, add_adapter
 from lightning_peft.files import write_text
 
-MIB = 2**20
 RANK, ALPHA, PROMPT = 16, 32, 20
-ARMS = ("frozen", "ours", "PEFT", "full")
 LORA: dict[str, dict[str, Any]] = {"LoRA": {}, "LoRA, dropout 0.1": {"dropout": 0.1}, "DoRA": {"dora": True}}
 PROMPTS = {"prefix": "KVPrefix", "prompt": "SoftPrompt"}
 BASES = {
@@ -59,54 +54,7 @@ BASES = {
     "fp32": (torch.float32, False),
     "fp32, bf16 autocast": (torch.float32, True),
 }
-LIMITS = {"bytes": 36.0, "LoRA": 12.0, "LoRA, dropout 0.1": 15.0, "DoRA": 18.0, "overhead": 0.7, "ratio": 1.03}
-NOTHING_MOVED = {
-    "_unsafe_view",
-    "_local_scalar_dense",
-    "empty",
-    "empty_like",
-    "empty_strided",
-    "new_empty",
-    "new_empty_strided",
-    "lift_fresh",
-}
 CANNOT = (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError)
-
-Row = dict[str, Any]
-
-
-PRODUCTS: dict[Any, Callable[..., Tensor]] = {
-    torch.ops.aten.mm.default: lambda a, b: a.new_zeros(a.shape[0], b.shape[1]),
-    torch.ops.aten.addmm_.default: lambda target, _a, _b: target,
-}
-"""Results of the right shape: for a count no product has to be computed, and some CPUs take seconds for one in bfloat16."""
-
-
-class Traffic(TorchDispatchMode):
-    """Count the operations that run inside, and the bytes that they move."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.moved: list[tuple[str, int]] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        product = PRODUCTS.get(func)
-        result = product(*args) if product else func(*args, **(kwargs or {}))
-        if not _moves_nothing(func):
-            tensors = [leaf for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, Tensor)]
-            self.moved.append((str(func), sum(tensor.nbytes for tensor in tensors)))
-        return result
-
-    @property
-    def total(self) -> int:
-        """Bytes moved so far."""
-        return sum(size for _, size in self.moved)
-
-
-def _moves_nothing(func: Any) -> bool:
-    aliases = [result.alias_info for result in func._schema.returns]
-    is_view = any(alias is not None and not alias.is_write for alias in aliases)
-    return is_view or func.overloadpacket.__name__ in NOTHING_MOVED
 
 
 class OneLinear(nn.Module):
@@ -217,12 +165,6 @@ def theirs(network: nn.Module, method: str, targets: Any, task: str | None) -> n
     )  # fmt: skip
 
 
-def with_half_units() -> Any:
-    """Let the CPU pass for one that can multiply bfloat16 and float16 matrices, so that counts are the same on all."""
-    names = ("_is_mkldnn_bf16_supported", "_is_mkldnn_fp16_supported")
-    return mock.patch.multiple(torch.ops.mkldnn, **dict.fromkeys(names, lambda: True))
-
-
 @with_half_units()
 def count_bytes(width: int = 1024, tokens: int = 2048) -> list[Row]:
     """Return what every arm adds to the operations and bytes of a frozen linear layer, on every base."""
@@ -260,24 +202,6 @@ def count_saved(shape: Shape = SAVED) -> list[Row]:
             input = torch.randn(shape.size, dtype=torch.bfloat16, requires_grad=True)
             rows.append({"method": method, "arm": arm, "bytes": saved_bytes(network, {shape.argument: input})})
     return rows
-
-
-def saved_bytes(network: nn.Module, inputs: dict[str, Tensor]) -> int:
-    """Return the bytes of all storages that the forward pass keeps, without those of parameters and buffers."""
-    own = {tensor.untyped_storage().data_ptr() for tensor in (*network.parameters(), *network.buffers())}
-    kept: dict[int, Tensor] = {}  # the tensors too: as long as they live, no other storage gets their address
-
-    def keep(tensor: Tensor) -> Tensor:
-        kept.setdefault(tensor.untyped_storage().data_ptr(), tensor)
-        return tensor
-
-    with (
-        Traffic(),
-        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
-    ):  # no products: sizes are enough
-        output = network(**inputs)
-    del output
-    return sum(tensor.untyped_storage().nbytes() for address, tensor in kept.items() if address not in own)
 
 
 def time_host(calls: int, device: str) -> list[Row]:
@@ -389,6 +313,56 @@ def first_step(network: Any, shape: Shape, dtype: torch.dtype, device: str) -> C
     return step
 
 
+def time_tried(rounds: int, device: str) -> list[Row]:
+    """Return what two ideas would save: times of the old way, of the new way, and of what both are part of."""
+    rows = [time_stacked(tokens, width, rounds, device) for tokens, width in ((512, 256), (2048, 1024))]
+    return [*rows, time_without_input_gradient(rounds, device)]
+
+
+def time_stacked(tokens: int, width: int, rounds: int, device: str) -> Row:
+    """Time the narrow products of three LoRAs on one input: one by one, and with their factors side by side."""
+    x, dx = (torch.randn(tokens, width, device=device) for _ in range(2))
+    downs = [torch.randn(RANK, width, device=device) for _ in range(3)]
+    grads = [torch.randn(tokens, RANK, device=device) for _ in range(3)]
+    weight = torch.randn(width, width, device=device)
+
+    def products(downs: list[Tensor], grads: list[Tensor]) -> None:
+        for down, grad in zip(downs, grads, strict=True):
+            x @ down.t(), grad.t() @ x, dx.addmm_(grad, down, alpha=1e-6)
+
+    def layers() -> None:
+        for _ in range(3):
+            x @ weight.t(), x @ weight
+
+    runs: dict[Any, Callable[[], None]] = {
+        "old": lambda: products(downs, grads),
+        "new": lambda: products([torch.cat(downs)], [torch.cat(grads, 1)]),
+        "whole": layers,
+    }
+    medians = {key: 1e3 * statistics.median(times) for key, times in take_turns(runs, rounds, device, 3).items()}
+    return {"idea": f"one A for q, k, v ({tokens} tokens, width {width}), of the three layers", **medians}
+
+
+def time_without_input_gradient(rounds: int, device: str) -> Row:
+    """Time the step of an adapted Llama whose input requires a gradient and whose input does not."""
+    shape = SHAPES["Llama-like"]
+    torch.manual_seed(0)
+    network = ours(shape.build().to(device), "LoRA", "all-linear").train()
+    inputs = {key: torch.randn(shape.size, device=device, requires_grad=key == "old") for key in ("old", "new")}
+
+    def step(input: Tensor) -> None:
+        network(**{shape.argument: input})[0].square().mean().backward()
+        network.zero_grad()
+
+    runs: dict[Any, Callable[[], None]] = {key: partial(step, input) for key, input in inputs.items()}
+    medians = {key: 1e3 * statistics.median(times) for key, times in take_turns(runs, rounds, device, 3).items()}
+    return {
+        "idea": "no gradient for the input of the network, of forward and backward",
+        **medians,
+        "whole": medians["old"],
+    }
+
+
 def compare(times: dict[str, list[float]]) -> Row:
     """Return the median ratio of our rounds to PEFT's, its quartiles, and our overhead as a fraction of PEFT's."""
     row: Row = {"ratio": None, "ratio_low": None, "ratio_high": None, "overhead": None}
@@ -416,141 +390,6 @@ def peak(step: Callable[[], None]) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
-@dataclass(frozen=True)
-class Table:
-    """A table of text, for the terminal and for a page."""
-
-    title: str
-    columns: tuple[str, ...]
-    rows: list[tuple[str, ...]]
-
-    def markdown(self) -> str:
-        """Return the table under its title."""
-        lines = [self.columns, ("---",) * len(self.columns), *self.rows]
-        return "\n".join([f"{self.title}\n", *(f"| {' | '.join(line)} |" for line in lines)])
-
-    def show(self, console: Console) -> None:
-        """Print the table."""
-        table = RichTable(*self.columns, title=self.title, title_justify="left")
-        for row in self.rows:
-            table.add_row(*row)
-        console.print(table)
-
-
-def tables(results: dict[str, Any]) -> list[Table]:
-    """Return the tables of the parts that were run."""
-    makers = {
-        "bytes": bytes_table, "saved": saved_table, "host": host_table, "step": step_table, "targets": target_table,
-    }  # fmt: skip
-    return [make(results[part]) for part, make in makers.items() if results.get(part)]
-
-
-def markdown(results: dict[str, Any]) -> str:
-    """Return all tables as markdown, from what the JSON file holds."""
-    facts = ", ".join(f"{key} {value}" for key, value in results["machine"].items())
-    return "\n\n".join([*(table.markdown() for table in tables(results)), f"Measured with {facts}."]) + "\n"
-
-
-def grouped(rows: list[Row], *keys: str) -> dict[tuple[str, ...], dict[str, Row]]:
-    """Return the rows by arm, for every combination of ``keys``."""
-    found: dict[tuple[str, ...], dict[str, Row]] = {}
-    for row in rows:
-        found.setdefault(tuple(row[key] for key in keys), {})[row["arm"]] = row
-    return found
-
-
-def bytes_table(rows: list[Row]) -> Table:
-    lines = []
-    for names, arms in grouped(rows, "base", "method").items():
-        cells = [
-            f"{row['forward_ops']} + {row['backward_ops']} / {(row['forward_bytes'] + row['backward_bytes']) / MIB:.1f}"
-            for row in (arms[arm] for arm in ARMS[1:])
-        ]
-        lines.append((*names, *cells))
-    title = "One adapted linear: operations (forward + backward) / MiB moved beyond the frozen layer"
-    return Table(title, ("base", "method", *ARMS[1:]), lines)
-
-
-def saved_table(rows: list[Row]) -> Table:
-    lines = [
-        (*names, *(f"{arms[arm]['bytes'] / MIB:.1f}" for arm in ARMS))
-        for names, arms in grouped(rows, "method").items()
-    ]
-    return Table("Kept for the backward pass, MiB, Llama of two layers in bfloat16", ("method", *ARMS), lines)
-
-
-def host_table(rows: list[Row]) -> Table:
-    lines = [
-        (*names, *(f"{arms[arm]['forward_us']:.0f} / {arms[arm]['both_us']:.0f}" for arm in ARMS))
-        for names, arms in grouped(rows, "base", "method").items()
-    ]
-    title = f"One call of a small linear, microseconds: forward / forward and backward (median of {rows[0]['calls']})"
-    return Table(title, ("base", "method", *ARMS), lines)
-
-
-def step_table(rows: list[Row]) -> Table:
-    lines = []
-    for row in rows:
-        times = [f"{row['milliseconds'][arm]:.1f}" if arm in row["milliseconds"] else "-" for arm in ARMS]
-        ratio = "-" if row["ratio"] is None else f"{row['ratio']:.3f} ({row['ratio_low']:.3f}-{row['ratio_high']:.3f})"
-        overhead = "-" if row["overhead"] is None else f"{row['overhead']:.2f}"
-        peaks = [" / ".join(f"{size / MIB:.0f}" for size in row["peak_bytes"].values())] if "peak_bytes" in row else []
-        name = f"{row['shape']} {'x'.join(map(str, row['input']))}"
-        lines.append((name, row["dtype"], row["method"], *times, ratio, overhead, *peaks))
-    columns = ("shape", "dtype", "method", *ARMS, "ours / PEFT (quartiles)", "overhead")
-    memory = ("peak MiB, by arm",) if "peak_bytes" in rows[0] else ()
-    return Table(f"Training step, milliseconds (median of {rows[0]['rounds']} rounds)", (*columns, *memory), lines)
-
-
-def target_table(rows: list[Row]) -> Table:
-    lines = [
-        (
-            row["target"],
-            f"{row['limit']:g}",
-            f"{row['ours']:.3g}",
-            f"{row['PEFT']:.3g}",
-            "ok" if row["met"] else "missed",
-        )
-        for row in rows
-    ]
-    return Table("Targets", ("target", "limit", "ours", "PEFT", ""), lines)
-
-
-def targets(results: dict[str, Any]) -> list[Row]:
-    """Return what was promised, by the parts that were run, and whether it holds."""
-    found = []
-    if "bytes" in results:
-        arms = grouped(results["bytes"], "base", "method")["bf16", "LoRA"]
-        mine, other = ((arms[arm]["forward_bytes"] + arms[arm]["backward_bytes"]) / MIB for arm in ("ours", "PEFT"))
-        found.append(target("extra MiB per linear, bf16 base", LIMITS["bytes"], mine, other))
-    if "saved" in results:
-        for (method,), arms in grouped(results["saved"], "method").items():
-            sizes = [arms[arm]["bytes"] / MIB for arm in ("ours", "PEFT")]
-            found.append(target(f"MiB kept, {method}", LIMITS[method], *sizes))
-    return found + step_targets(results.get("step", []), results["machine"]["device"])
-
-
-def step_targets(rows: list[Row], device: str) -> list[Row]:
-    """Return the targets of step time, each with the worst case."""
-    found = []
-    for method in LORA:
-        of_method = [row for row in rows if row["method"] == method and row["dtype"] == "float32" and row["overhead"]]
-        if of_method and device == "cpu":
-            worst = max(of_method, key=lambda row: row["overhead"])
-            name = f"overhead of PEFT's, fp32, {method} (worst: {worst['shape']})"
-            found.append(target(name, LIMITS["overhead"], worst["overhead"], 1.0))
-    compared = [row for row in rows if row["ratio"] is not None]
-    if compared:
-        worst = max(compared, key=lambda row: row["ratio"])
-        name = f"step time of PEFT's (worst: {worst['shape']}, {worst['dtype']}, {worst['method']})"
-        found.append(target(name, LIMITS["ratio"], worst["ratio"], 1.0))
-    return found
-
-
-def target(name: str, limit: float, mine: float, other: float) -> Row:
-    return {"target": name, "limit": limit, "ours": mine, "PEFT": other, "met": mine <= limit}
-
-
 def machine(device: str) -> dict[str, Any]:
     """Return what the times depend on."""
     return {
@@ -567,6 +406,7 @@ def measure(parts: list[str], rounds: int, calls: int, device: str) -> dict[str,
         "saved": count_saved,
         "host": lambda: time_host(calls, device),
         "step": lambda: time_steps(rounds, device),
+        "tried": lambda: time_tried(rounds, device),
     }
     results: dict[str, Any] = {"machine": machine(device)}
     for part in tqdm(parts, desc="parts"):
@@ -577,12 +417,13 @@ def measure(parts: list[str], rounds: int, calls: int, device: str) -> dict[str,
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parts = ("bytes", "saved", "host", "step")
+    parts = ("bytes", "saved", "host", "step", "tried")
     parser.add_argument("--part", choices=(*parts, "all"), default="all", help="what to measure (default: all)")
     parser.add_argument("--rounds", type=int, default=21, help="rounds of every timed step (default: 21)")
     parser.add_argument("--calls", type=int, default=300, help="calls of the small linear (default: 300)")
     parser.add_argument("--threads", type=int, default=1, help="threads of torch (default: 1)")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/adapter_step.json"), help="the JSON file")
+    parser.add_argument("--page", type=Path, help="a page of Markdown to write the tables to")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     transformers.logging.set_verbosity_error()
@@ -590,6 +431,8 @@ def main() -> None:
     chosen = list(parts) if options.part == "all" else [options.part]
     results = measure(chosen, options.rounds, options.calls, device)
     write_text(options.out, json.dumps(results, indent=1) + "\n")
+    if options.page is not None:
+        write_text(options.page, page(results))
     console = Console()
     for table in tables(results):
         table.show(console)

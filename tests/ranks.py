@@ -20,10 +20,11 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import BackboneFinetuning
+from safetensors.torch import load_file
 from torch.utils.data import DataLoader, DistributedSampler
 from torchmetrics import MeanMetric
 
-from lightning_peft import LoRA, LoRAMixin, ReplayMixin
+from lightning_peft import LoRA, LoRAMixin, ReplayMixin, save_adapter
 from lightning_peft.callbacks import ForgettingEvaluation, FreezeSchedule, OldTask, Phase, ReplayMixing, ZeroInitHead
 from lightning_peft.distributed import gather_rows, rank, world_size
 from lightning_peft.losses import in_batch_contrastive
@@ -253,6 +254,8 @@ def sharding_a_lora_with_fsdp2() -> Result:
         name: value.full_tensor() if hasattr(value, "full_tensor") else value
         for name, value in net.state_dict().items()
     }
+    with tempfile.TemporaryDirectory() as folder:  # every process gathers, and could write
+        state |= load_file(save_adapter(net, folder) / "adapter_model.safetensors")
     return {name: value.detach().clone().cpu() for name, value in state.items()}
 
 

@@ -19,22 +19,28 @@ MIB = 2**20
 
 @pytest.fixture(scope="module")
 def benchmark():
+    sys.path.insert(0, str(FILE.parent))  # as python benchmarks/adapter_step.py has it
     spec = importlib.util.spec_from_file_location("benchmark_adapter_step", FILE)
     module = importlib.util.module_from_spec(spec)
     sys.modules["benchmark_adapter_step"] = module
     spec.loader.exec_module(module)
     yield module
     del sys.modules["benchmark_adapter_step"]
+    sys.path.remove(str(FILE.parent))
 
 
 @pytest.fixture(scope="module")
 def extra(benchmark):
-    return benchmark.grouped(benchmark.count_bytes(), "base", "method")
+    return grouped(benchmark.count_bytes(), "base", "method")
 
 
 @pytest.fixture(scope="module")
 def kept(benchmark):
-    return benchmark.grouped(benchmark.count_saved(), "method")
+    return grouped(benchmark.count_saved(), "method")
+
+
+def grouped(rows, *keys):
+    return sys.modules["step_tables"].grouped(rows, *keys)
 
 
 def mib(row):
@@ -165,10 +171,10 @@ def test_a_tiny_run_has_every_field_and_every_table(benchmark, tiny, monkeypatch
     monkeypatch.setattr(benchmark, "time_steps", partial(benchmark.time_steps, shapes=tiny, small=tiny))
     monkeypatch.setattr(benchmark, "count_bytes", partial(benchmark.count_bytes, 32, 8))
     monkeypatch.setattr(benchmark, "count_saved", partial(benchmark.count_saved, tiny["Llama-like"]))
-    results = benchmark.measure(["bytes", "saved", "host", "step"], rounds=2, calls=2, device="cpu")
+    results = benchmark.measure(["bytes", "saved", "host", "step", "tried"], rounds=2, calls=2, device="cpu")
     benchmark.write_text(tmp_path / "results.json", json.dumps(results))
     results = json.loads((tmp_path / "results.json").read_text())
-    assert set(results) == {"machine", "bytes", "saved", "host", "step", "targets"}
+    assert set(results) == {"machine", "bytes", "saved", "host", "step", "tried", "targets"}
     assert {"torch", "peft", "transformers", "threads", "device"} <= set(results["machine"])
     assert len(results["step"]) == 2 * 2 * 5
     for row in results["step"]:
@@ -181,7 +187,7 @@ def test_a_tiny_run_has_every_field_and_every_table(benchmark, tiny, monkeypatch
             assert not row["missing"]
             assert row["ratio_low"] <= row["ratio"] <= row["ratio_high"]
     assert all(math.isfinite(row["ours"]) for row in results["targets"])
-    text = benchmark.markdown(results)
+    text = benchmark.page(results)
     assert text.count("|---|") or text.count("| --- |")
     assert [table.title for table in benchmark.tables(results) if table.title not in text] == []
 

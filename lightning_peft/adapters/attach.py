@@ -118,8 +118,11 @@ def remove_adapter(model: nn.Module, name: str | None = None) -> nn.Module:
         return _unload(model, attachment)
     if attachment.active == name:
         set_adapter(model, None)
-    for _, _, updates in hosts(model):
-        updates._modules.pop(name, None)
+    for _, module, updates in list(hosts(model)):
+        gone: Any = updates._modules.pop(name, None)
+        if gone is not None and not updates and not isinstance(module, AdaptedLayer):
+            gone.detach_from(module)
+            delattr(module, ATTRIBUTE)
     for table in (attachment.adapters, attachment.trained, attachment.values):
         table.pop(name, None)
     present = {key for key, _ in model.named_parameters()}

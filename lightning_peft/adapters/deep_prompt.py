@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_peft.adapters.image_prompt import image_prompt
-from lightning_peft.adapters.prompt_hosts import PromptHosts, PromptUpdate, current_prompt, layers_of, pretrained_eval
+from lightning_peft.adapters.prompt_hosts import PromptHosts, PromptUpdate, layers_of, pretrained_eval
 from lightning_peft.adapters.prompt_insertion import Start, replace
 from lightning_peft.adapters.soft_prompt import NOTE, SoftPrompt
 from lightning_peft.adapters.updates import master_dtype, place
@@ -73,7 +73,7 @@ class DeepPrompt(SoftPrompt):
         for layer, values in zip(layers, [None, *deep], strict=True):
             update = LayerPrompt(values, dtype=hosts.base.dtype, start=start)
             key = place(layer, name, update)
-            update.attach_to(layer, before=put_into_layer)
+            update.attach_to(layer)
             trained += [f"{hosts.name_of(layer)}.{key}{parameter}" for parameter in update.trainable()]
         return trained
 
@@ -119,6 +119,16 @@ class LayerPrompt(PromptUpdate):
         self.register_parameter("prompt", values)
         self.start = start
 
+    @override
+    def before(self, host: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        # Everything is known from the arguments: activation checkpointing may run the layer again much later.
+        start = take_note(kwargs) if self.start is None else self.start
+        if start is None or self.prompt is None:
+            return args, kwargs
+        hidden = args[0] if args else kwargs["hidden_states"]
+        hidden = replace(hidden, self.prompt.to(hidden.dtype), start)
+        return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
+
 
 def take_note(kwargs: dict[str, Any]) -> Start | None:
     """Take the keyword of a layer that says where the prompt stands; None if it does not in this call.
@@ -130,16 +140,3 @@ def take_note(kwargs: dict[str, Any]) -> Start | None:
         raise ValueError("DeepPrompt: the network does not hand keywords on to its layers. Take SoftPrompt.")
     found: Start | None = kwargs.pop(NOTE)
     return found
-
-
-def put_into_layer(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Forward pre-hook of a layer. It knows all from its arguments: a checkpoint may run it again much later."""
-    update = current_prompt(layer)
-    if not isinstance(update, LayerPrompt):
-        return None
-    start = take_note(kwargs) if update.start is None else update.start
-    if start is None or update.prompt is None:
-        return args, kwargs
-    hidden = args[0] if args else kwargs["hidden_states"]
-    hidden = replace(hidden, update.prompt.to(hidden.dtype), start)
-    return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})

@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
-from lightning_peft.adapters.prompt_hosts import PromptHosts, PromptUpdate, current_prompt
+from lightning_peft.adapters.prompt_hosts import PromptHosts, PromptUpdate
 from lightning_peft.adapters.prompt_insertion import insert, strip_output
 from lightning_peft.adapters.updates import master_dtype, place
 
@@ -18,10 +19,10 @@ def place_image_prompt(hosts: PromptHosts, name: str, prompt: Tensor, *, after_f
     base = hosts.base
     image = ImagePrompt(prompt, dtype=base.dtype, after_first=after_first)
     key = place(base.embeddings, name, image)
-    image.attach_to(base.embeddings, after=put_into_patches)
+    image.attach_to(base.embeddings)
     taken = ImageStrip(len(prompt), after_first=after_first)
     place(base, name, taken)
-    taken.attach_to(base, after=take_out_of_image)
+    taken.attach_to(base)
     return f"{hosts.name_of(base.embeddings)}.{key}prompt"
 
 
@@ -33,6 +34,11 @@ class ImagePrompt(PromptUpdate):
         self.prompt = nn.Parameter(prompt.detach().to(master_dtype(dtype), copy=True))
         self.after_first = after_first
 
+    @override
+    def after(self, host: Any, kwargs: dict[str, Any], output: Any) -> Any:
+        prompt = self.prompt.to(output.dtype).expand(len(output), -1, -1)
+        return insert(output, prompt, int(self.after_first))
+
 
 class ImageStrip(PromptUpdate):
     """Takes the prompt out again; it stands on the base model and has no parameters."""
@@ -41,23 +47,10 @@ class ImageStrip(PromptUpdate):
         super().__init__()
         self.tokens, self.after_first = tokens, after_first
 
-
-def put_into_patches(embeddings: nn.Module, _args: Any, _kwargs: Any, output: Tensor) -> Tensor:
-    """Forward hook of the module that embeds patches."""
-    update = current_prompt(embeddings)
-    if not isinstance(update, ImagePrompt):
-        return output
-    prompt = update.prompt.to(output.dtype).expand(len(output), -1, -1)
-    return insert(output, prompt, int(update.after_first))
-
-
-def take_out_of_image(base: nn.Module, _args: Any, _kwargs: Any, output: Any) -> Any:
-    """Forward hook of a base model that reads images."""
-    update = current_prompt(base)
-    if not isinstance(update, ImageStrip):
-        return output
-    length = (output[0] if isinstance(output, tuple) else output.last_hidden_state).shape[1]
-    return strip_output(output, length, update.tokens, int(update.after_first))
+    @override
+    def after(self, host: Any, kwargs: dict[str, Any], output: Any) -> Any:
+        length = (output[0] if isinstance(output, tuple) else output.last_hidden_state).shape[1]
+        return strip_output(output, length, self.tokens, int(self.after_first))
 
 
 def image_prompt(hosts: PromptHosts, tokens: int, random: torch.Generator) -> Tensor:

@@ -26,6 +26,7 @@ from lightning_peft.adapters.prompt_hosts import (
     prompt_hosts,
     text_to_length,
 )
+from lightning_peft.adapters.prompt_positions import counted_positions, past_length
 from lightning_peft.adapters.updates import master_dtype, place
 
 SPREAD = 0.02
@@ -50,15 +51,16 @@ class KVPrefix(Adapter):
         tokens: Number of prefix tokens.
         init: ``"random"``: normal with a spread of 0.02, near the zero prefix, which learned better than a wide one in PEFT's
             published runs; exact zeros would stay equal to each other. ``"text"``: keys and values of ``text_ids``.
-            With rotary positions a decoder then computes what it does with the text in front, at unchanged positions. With
-            learned ones (GPT-2) that holds only if the caller counts the input's positions from ``tokens`` on; in
-            encoders the text would also look at the input, which a prefix cannot.
+            A decoder then computes what it does with the text in front: with rotary positions always, with learned ones
+            (GPT-2) with ``offset_positions``; in encoders the text would also look at the input, which a prefix cannot.
         text_ids: Token ids of a text, repeated or cut to ``tokens``.
         reparametrise: Width of a two-layer network that makes the prefix from one vector per token (section 4.3 there). Every
             layer has one of its own, not one for all, so that a layer can be computed again by itself (activation
             checkpointing).
         frozen_sink: Keep the first prefix token as it starts. In the text it is the token that attention falls back on;
             needs ``init="text"``.
+        offset_positions: Count the input's positions from ``tokens`` on, as behind a text of that length. PEFT does, so
+            its files are read so and need it; input and prefix then share the positions that the network has learned.
         seed: Seed of the draws; the global generators are not touched.
 
     Raises:
@@ -77,6 +79,7 @@ class KVPrefix(Adapter):
     text_ids: list[int] | tuple[int, ...] = ()
     reparametrise: int | None = None
     frozen_sink: bool = False
+    offset_positions: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -97,6 +100,10 @@ class KVPrefix(Adapter):
         hosts, modules = self.select(model)
         starts = self.start_values(model, hosts, modules)
         register()
+        if self.offset_positions:
+            offset = PrefixPositions(self.tokens, hosts)
+            place(hosts.base, name, offset)
+            offset.attach_to(hosts.base)
         configs: dict[int, Any] = {}
         trained = []
         for depth, (module, start) in enumerate(zip(modules, starts, strict=True)):
@@ -118,6 +125,8 @@ class KVPrefix(Adapter):
         hosts = prompt_hosts(model, owner="KVPrefix")
         check_text("KVPrefix", tuple(self.text_ids), hosts.words)
         modules = attention_of(hosts, owner="KVPrefix")
+        if self.offset_positions and "position_ids" not in hosts.inputs:
+            raise ValueError(f"KVPrefix: {type(hosts.base).__name__} takes no position_ids: offset_positions=False.")
         for module in modules:
             check_plain(module)
             _prefix_shape(module)
@@ -135,7 +144,7 @@ class KVPrefix(Adapter):
     def _text_values(self, model: nn.Module, hosts: PromptHosts, modules: list[nn.Module]) -> list[Tensor]:
         ids = text_to_length(tuple(self.text_ids), self.tokens)[None].to(hosts.base.device)
         call = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        if hosts.positions is None and "position_ids" in hosts.inputs:
+        if hosts.positions is None and "position_ids" in hosts.inputs and not self.offset_positions:
             # Rotary positions only count distances: the text ends just before position 0.
             call["position_ids"] = torch.arange(-self.tokens, 0, device=ids.device)[None]
         with pretrained_eval(model), capturing(modules) as captured:
@@ -214,6 +223,38 @@ class MadePrefix(PrefixUpdate):
         return F.linear(hidden, self.output_weight, self.output_bias).view(self.shape).permute(1, 2, 0, 3)
 
 
+class PrefixPositions(PromptUpdate):
+    """Counts a network's positions from behind the prefix on; it stands on the base model and has no parameters.
+
+    Args:
+        tokens: Length of the prefix.
+        hosts: The network.
+    """
+
+    def __init__(self, tokens: int, hosts: PromptHosts) -> None:
+        super().__init__()
+        self.tokens, self.inputs, self.padding = tokens, hosts.inputs, hosts.counts_from
+        self.max_length = hosts.max_length
+
+    @override
+    def before(self, host: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        call = {**dict(zip(self.inputs, args, strict=False)), **kwargs}
+        entries = call.get("input_ids") if call.get("inputs_embeds") is None else call["inputs_embeds"]
+        if entries is None:
+            return None  # the network itself says what is wrong
+        positions, mask = call.get("position_ids"), call.get("attention_mask")
+        if positions is None and mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
+            raise ValueError("KVPrefix: give position_ids along with a mask that is not of the shape (batch, tokens).")
+        length = past_length(call) + entries.shape[1] + self.tokens
+        if self.max_length is not None and length > self.max_length:
+            raise ValueError(
+                f"KVPrefix: input and prefix of {self.tokens} tokens have {length} positions together, and the network has "
+                f"learned {self.max_length}. Shorten the input to {self.max_length - self.tokens} tokens."
+            )
+        positions = counted_positions(call, padding=self.padding) if positions is None else positions
+        return (), {**call, "position_ids": positions + self.tokens}
+
+
 def _prefix_shape(module: Any) -> tuple[int, int]:
     """Return the number of key-value heads and their size.
 
@@ -224,9 +265,8 @@ def _prefix_shape(module: Any) -> tuple[int, int]:
     if getattr(config, "kv_lora_rank", None) is not None:
         raise ValueError(f"KVPrefix: {kind} compresses its keys and values, so that they have different sizes.")
     heads = config.num_attention_heads
-    dim = (
-        getattr(module, "head_dim", None) or getattr(module, "attention_head_size", None) or config.hidden_size // heads
-    )
+    told = (getattr(module, name, None) for name in ("head_dim", "attention_head_size", "key_value_proj_dim"))
+    dim = next(filter(None, told), None) or config.hidden_size // heads
     groups = getattr(module, "num_key_value_groups", None)
     if not isinstance(heads, int) or not isinstance(dim, int):
         raise ValueError(f"KVPrefix: the heads of {kind} have no one size: num_attention_heads={heads!r}.")

@@ -10,22 +10,38 @@ from torch import nn
 from lightning_peft.adapters.adapter import Adapter
 from lightning_peft.adapters.attachment import Attachment
 from lightning_peft.adapters.ia3 import IA3
+from lightning_peft.adapters.kv_prefix import KVPrefix
+from lightning_peft.adapters.layer_norm_tuning import LayerNormTuning
 from lightning_peft.adapters.lora import LoRA
 from lightning_peft.adapters.peft_ia3 import ia3_config, ia3_from_config
+from lightning_peft.adapters.peft_layer_norm import layer_norm_config, layer_norm_from_config
 from lightning_peft.adapters.peft_lora import lora_config, lora_from_config, refuse_moved_base
+from lightning_peft.adapters.peft_prompts import prefix_config, prefix_from_config, prompt_config, prompt_from_config
 from lightning_peft.adapters.peft_vera import vera_config, vera_from_config
+from lightning_peft.adapters.soft_prompt import SoftPrompt
 from lightning_peft.adapters.vera import VeRA
 
 DESCRIPTIVE = {"base_model_name_or_path", "revision", "task_type", "inference_mode", "peft_version", "auto_mapping"}
 """Fields that change nothing in what is computed."""
 
 Writer = Callable[[nn.Module, Attachment, str], dict[str, Any]]
-WRITERS: dict[type[Adapter], Writer] = {LoRA: lora_config, IA3: ia3_config, VeRA: vera_config}
+WRITERS: dict[type[Adapter], Writer] = {
+    LoRA: lora_config,
+    IA3: ia3_config,
+    VeRA: vera_config,
+    SoftPrompt: prompt_config,
+    KVPrefix: prefix_config,
+    LayerNormTuning: layer_norm_config,
+}
 """The fields of PEFT's for every adapter that it has a format for."""
 READERS: dict[str, Callable[[Mapping[str, Any], nn.Module], Adapter]] = {
     "LORA": lora_from_config,
     "IA3": ia3_from_config,
     "VERA": vera_from_config,
+    "PROMPT_TUNING": prompt_from_config,
+    "P_TUNING": prompt_from_config,
+    "PREFIX_TUNING": prefix_from_config,
+    "LN_TUNING": layer_norm_from_config,
 }
 """The adapter for every ``peft_type`` that can be read."""
 

@@ -16,7 +16,7 @@ from lightning_peft.adapters.attachment import attachment_of, check_whole, refre
 from lightning_peft.adapters.fingerprint import Fingerprint, fingerprint_differences
 from lightning_peft.adapters.peft_config import WRITERS, adapter_from_config
 from lightning_peft.adapters.peft_folder import read_folder, write_folder
-from lightning_peft.adapters.peft_tensors import PREFIX, entries
+from lightning_peft.adapters.peft_tensors import PREFIX, PROMPT, entries
 from lightning_peft.adapters.quantised import is_quantised
 from lightning_peft.adapters.switch import check_known, set_adapter
 
@@ -26,7 +26,8 @@ _LISTED = 10
 def save_adapter(module: nn.Module, path: str | Path, *, name: str | None = None, base: str | None = None) -> Path:
     """Write an adapter in PEFT's layout, so that PEFT, transformers and vLLM read it too.
 
-    Each file is replaced in one step. The weights carry a copy of the configuration, so that a run that was killed between
+    Each file is replaced in one step. Of a sharded network (FSDP2) every process must save: all gather, and each writes the
+    whole adapter to the path that it gives. The weights carry a copy of the configuration, so that a run that was killed between
     the two files cannot leave a pair that loads with another one's scale.
 
     Args:
@@ -107,14 +108,24 @@ def from_peft(peft_model: Any) -> nn.Module:
         name: (_plain(config.to_dict()), dict(get_peft_model_state_dict(peft_model, adapter_name=name)))
         for name, config in peft_model.peft_config.items()
     }
-    unload = getattr(peft_model.base_model, "unload", None)
-    model: nn.Module = unload() if callable(unload) else peft_model.get_base_model()
+    model = _unwrapped(peft_model)
     # All or none: what cannot be read is refused before anything is added.
     adapters = {name: adapter_from_config(config, model, live=True) for name, (config, _) in found.items()}
     for name, (_, weights) in found.items():
         values = {key: value.detach().clone() for key, value in weights.items()}
         _take(model, adapters[name], values, name, source="the PeftModel")
     return set_adapter(model, active)
+
+
+def _unwrapped(peft_model: Any) -> nn.Module:
+    from peft.utils.other import AuxiliaryTrainingWrapper  # noqa: PLC0415 - only who comes from there has it
+
+    unload = getattr(peft_model.base_model, "unload", None)
+    model: nn.Module = unload() if callable(unload) else peft_model.get_base_model()
+    for path, module in list(model.named_modules()):  # around prompts there is no unload, and heads stay wrapped
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            model.set_submodule(path, module.original_module)
+    return model
 
 
 def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -178,15 +189,26 @@ def _network_of(module: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module:
     adapted = _adapted(module)
     if attachment_of(adapted) is not None:
         return adapted
+    if PROMPT in weights:
+        return _transformer_of(module)
     first = {key.removeprefix(PREFIX).partition(".")[0] for key in weights if key.startswith(PREFIX)}
     fits = [
         net
         for net in (module, *module.children())
         if first <= dict(net.named_children()).keys() | dict(net.named_parameters(recurse=False)).keys()
     ]
-    if not first:
-        fits = [net for net in (module, *module.children()) if hasattr(net, "config") and hasattr(net, "base_model")]
     return fits[0] if fits else module
+
+
+def _transformer_of(module: nn.Module) -> nn.Module:
+    """Return the network of transformers' that ``module`` is or has as its one child: a prompt does not tell its place."""
+    found = [net for net in (module, *module.children()) if hasattr(net, "config") and hasattr(net, "base_model")]
+    if module in found or not found:
+        return module
+    if len(found) > 1:
+        names = [name for name, child in module.named_children() if child in found]
+        raise ValueError(f"load_adapter: the prompt fits each of {names}. Pass the network that it was trained for.")
+    return found[0]
 
 
 def _fill(model: nn.Module, name: str, weights: dict[str, Tensor], source: str) -> None:

@@ -60,13 +60,13 @@ def lora_config(model: nn.Module, attachment: Attachment, name: str) -> dict[str
     return {
         "peft_type": "LORA",
         "r": rank,
-        "lora_alpha": alpha,
+        "lora_alpha": _plain(alpha),
         "lora_dropout": lora.dropout,
         "target_modules": exactly(modules),
         **({"target_parameters": parameters} if parameters else {}),
         "exclude_modules": None,
         "rank_pattern": {re.escape(path): value for path, value in ranks.items() if value != rank},
-        "alpha_pattern": {re.escape(path): value for path, value in alphas.items() if value != alpha},
+        "alpha_pattern": {re.escape(path): _plain(value) for path, value in alphas.items() if value != alpha},
         "use_rslora": lora.scaling == "rslora",
         "use_dora": lora.dora,
         "bias": lora.bias,
@@ -77,6 +77,10 @@ def lora_config(model: nn.Module, attachment: Attachment, name: str) -> dict[str
         "layers_pattern": None,
         "modules_to_save": saved_modules(model, lora.train_also) or None,
     }
+
+
+def _plain(alpha: float) -> float:
+    return int(alpha) if alpha == int(alpha) else alpha  # PEFT says it is whole, and some readers believe it
 
 
 def lora_from_config(config: Mapping[str, Any], model: nn.Module) -> LoRA:

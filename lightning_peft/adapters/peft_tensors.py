@@ -9,14 +9,19 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from lightning_peft.adapters.adapter import Adapter
 from lightning_peft.adapters.attachment import Attachment
 from lightning_peft.adapters.ia3_update import IA3Update
+from lightning_peft.adapters.kv_prefix import KVPrefix
 from lightning_peft.adapters.layer_kinds import AdaptedConv
+from lightning_peft.adapters.layer_norm_tuning import LayerNormTuning
 from lightning_peft.adapters.lora_update import EmbeddingLoRA, LoRAUpdate, ParametersLoRA
+from lightning_peft.adapters.peft_prompts import Joined, prefix_updates
+from lightning_peft.adapters.soft_prompt import TextPrompt
 from lightning_peft.adapters.updates import Update, hosts
 from lightning_peft.adapters.vera_update import VeRAUpdate
 
-PREFIX = "base_model.model."
+PREFIX, PROMPT = "base_model.model.", "prompt_embeddings"
 
 
 class Entry(Protocol):
@@ -46,8 +51,10 @@ class Stored:
     optional: bool = False
 
     def read(self) -> Tensor:
-        """Return a copy on the CPU, which shares memory with nothing."""
-        return (self.place.detach() * self.factor).reshape(self.shape).cpu().clone().contiguous()
+        """Return a copy on the CPU, which shares memory with nothing; of a sharded tensor all processes must ask for it."""
+        place: Any = self.place
+        whole: Tensor = place.full_tensor() if hasattr(place, "full_tensor") else place
+        return (whole.detach() * self.factor).reshape(self.shape).cpu().clone().contiguous()
 
     def write(self, value: Tensor) -> None:
         """Copy the value into the network."""
@@ -93,23 +100,44 @@ def entries(model: nn.Module, attachment: Attachment, name: str) -> dict[str, En
         attachment: What it remembers of its adapters.
         name: Name of the adapter.
     """
-    found: dict[str, Entry] = {}
+    found: dict[str, Entry] = _shared(model, attachment.adapters[name], name)
     targeted = set()
     for path, module, updates in hosts(model):
         update = updates.get_update(name)
         if update is not None:
             targeted.add(path)
             found |= {f"{PREFIX}{path}.{key}".replace("..", "."): entry for key, entry in _of_update(update, module)}
-            found |= _shared(update)
-    parameters = dict(model.named_parameters())
+    adapter, parameters = attachment.adapters[name], dict(model.named_parameters())
+    norms = set(adapter.select(model)) if isinstance(adapter, LayerNormTuning) else set()
+    # Around prompts PEFT has no second wrapper.
+    prefix = PREFIX if PROMPT not in found else PREFIX.removesuffix("model.")
     for key in sorted(attachment.base_parameters(name)):
         place = parameters[key] if attachment.active == name else attachment.values[name][key]
         path, _, parameter = key.rpartition(".")
         host = path.removesuffix(".out_proj") if path.removesuffix(".out_proj") in targeted else path
         inner = key[len(host) + 1 :] if host else key
-        wrapped = parameter.endswith("bias") and host in targeted
-        found[f"{PREFIX}{host}.base_layer.{inner}" if wrapped else PREFIX + key] = Stored(place, tuple(place.shape))
+        if key in norms:
+            stored = f"{path}.ln_tuning_layers.{parameter}"
+        elif parameter.endswith("bias") and host in targeted and prefix == PREFIX:
+            stored = f"{host}.base_layer.{inner}"
+        else:
+            stored = key
+        found[prefix + stored] = Stored(place, tuple(place.shape))
     return found
+
+
+def _shared(model: nn.Module, adapter: Adapter, name: str) -> dict[str, Entry]:
+    """Return what an adapter has once for the whole network, by the keys in PEFT's files."""
+    if isinstance(adapter, KVPrefix):
+        return {PROMPT: Joined(model, prefix_updates(model, name), adapter.offset_positions)}
+    for _, _, updates in hosts(model):
+        update = updates.get_update(name)
+        if isinstance(update, TextPrompt):
+            return {PROMPT: _whole(update.prompt)}
+        if isinstance(update, VeRAUpdate) and (projections := getattr(update, "projections", None)) is not None:
+            keys = {"base_model.vera_A": projections.vera_A, "base_model.vera_B": projections.vera_B}
+            return {key: Drawn(place, key) for key, place in keys.items()}
+    return {}
 
 
 def _of_update(update: Update, module: nn.Module) -> Iterator[tuple[str, Entry]]:
@@ -139,15 +167,6 @@ def _of_update(update: Update, module: nn.Module) -> Iterator[tuple[str, Entry]]
 def _kernel_ones(module: nn.Module) -> list[int] | None:
     """Return a 1 for every dimension of a convolution's kernel, None for other layers."""
     return [1] * len(module.kernel_size) if isinstance(module, AdaptedConv) else None
-
-
-def _shared(update: Update) -> dict[str, Entry]:
-    """Return what an adapter has once for all layers, by the keys in PEFT's files."""
-    projections = getattr(update, "projections", None)
-    if not isinstance(update, VeRAUpdate) or projections is None:
-        return {}
-    keys = {"base_model.vera_A": projections.vera_A, "base_model.vera_B": projections.vera_B}
-    return {key: Drawn(place, key) for key, place in keys.items()}
 
 
 def _whole(tensor: Tensor, factor: float = 1.0) -> Stored:

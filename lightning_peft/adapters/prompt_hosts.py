@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +16,8 @@ from lightning_peft.adapters.switch import adapter_disabled
 from lightning_peft.adapters.updates import Update, updates_of
 
 HANDLES = "lightning_peft_hooks"
+SENSES = {"pixel_values", "pixel_values_videos", "input_features", "input_values"}
+"""Inputs of networks that read something else than text."""
 
 
 @dataclass
@@ -48,6 +50,11 @@ class PromptHosts:
         )
         return int(self.positions.num_embeddings - unused)
 
+    @property
+    def counts_from(self) -> int | None:
+        """Where a network that counts as RoBERTa does puts padding; None for one that counts from 0."""
+        return None if self.positions is None else self.positions.padding_idx
+
     def name_of(self, module: nn.Module) -> str:
         """Return the dotted name of a module of ``base``, relative to the whole network."""
         inside = next(name for name, found in self.base.named_modules() if found is module)
@@ -77,13 +84,13 @@ def prompt_hosts(model: nn.Module, *, owner: str) -> PromptHosts:
             f"{owner}: {kind} is an encoder with a decoder. Adapt one of the two, as a network of its own."
         )
     base = _innermost(base)
-    inputs = tuple(inspect.signature(type(base).forward).parameters)[1:]
-    senses = sorted({"pixel_values", "pixel_values_videos", "input_features", "input_values"} & set(inputs))
+    inputs = _inputs(base)
+    senses = sorted(SENSES & set(inputs))
     if "input_ids" in inputs and senses:
         raise ValueError(f"{owner}: {kind} reads text and {' and '.join(senses)}. Adapt its language model alone.")
     if "input_ids" not in inputs and senses != ["pixel_values"]:
         raise ValueError(f"{owner}: {type(base).__name__} reads neither text nor images, but {', '.join(inputs[:3])}.")
-    words = base.get_input_embeddings() if "input_ids" in inputs else None
+    words = _words(base) if "input_ids" in inputs else None
     tables = [
         module
         for name, module in base.named_modules()
@@ -99,8 +106,20 @@ def _innermost(base: Any) -> Any:
     # A head may pass by the base model: OPTForCausalLM calls model.decoder, and a hook on model would never run.
     from transformers import PreTrainedModel  # noqa: PLC0415 - costs seconds, and not everybody adapts one
 
-    inner = [child for child in base.children() if isinstance(child, PreTrainedModel)]
+    read = SENSES | {"input_ids"}
+    inner = [child for child in base.children() if isinstance(child, PreTrainedModel) and read & set(_inputs(child))]
     return _innermost(inner[0]) if len(inner) == 1 else base
+
+
+def _inputs(base: Any) -> tuple[str, ...]:
+    return tuple(inspect.signature(type(base).forward).parameters)[1:]
+
+
+def _words(base: Any) -> Any:
+    try:
+        return base.get_input_embeddings()
+    except NotImplementedError:  # CANINE hashes characters
+        return None
 
 
 def layers_of(hosts: PromptHosts, *, owner: str) -> list[nn.Module]:
@@ -141,20 +160,23 @@ class PromptUpdate(Update):
 
     rows = False
 
-    def attach_to(self, module: nn.Module, *, before: Hook | None = None, after: Hook | None = None) -> None:
-        """Hook the host, once for all updates that it will ever hold."""
-        updates: Any = updates_of(module)
-        if not hasattr(updates, HANDLES):
-            handles = []
-            if before is not None:
-                handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
-            if after is not None:
-                handles.append(module.register_forward_hook(after, with_kwargs=True))
-            setattr(updates, HANDLES, handles)
+    def before(self, host: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Return other arguments for the host's forward, as a pre-hook does; None for the same."""
 
-    def detach_from(self, module: nn.Module) -> None:
+    def after(self, host: Any, kwargs: dict[str, Any], output: Any) -> Any:
+        """Return what the host's forward is to have returned."""
+        return output
+
+    def attach_to(self, host: nn.Module) -> None:
+        """Hook the host, once for all updates that it will ever hold: the hooks ask which one acts."""
+        updates: Any = updates_of(host)
+        if not hasattr(updates, HANDLES):
+            before = host.register_forward_pre_hook(_before, with_kwargs=True)
+            setattr(updates, HANDLES, [before, host.register_forward_hook(_after, with_kwargs=True)])
+
+    def detach_from(self, host: nn.Module) -> None:
         """Take the hooks off the host; twice is once."""
-        for handle in getattr(updates_of(module), HANDLES, []):
+        for handle in getattr(updates_of(host), HANDLES, []):
             handle.remove()
 
     def merged_values(self, layer: Any) -> dict[str, Tensor]:
@@ -166,7 +188,14 @@ class PromptUpdate(Update):
         raise ValueError(f"merge_adapter: a prompt is no change of weights: {type(self).__name__} cannot be merged.")
 
 
-Hook = Callable[..., Any]
+def _before(host: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    update = current_prompt(host)
+    return update.before(host, args, kwargs) if isinstance(update, PromptUpdate) else None
+
+
+def _after(host: nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    update = current_prompt(host)
+    return update.after(host, kwargs, output) if isinstance(update, PromptUpdate) else output
 
 
 def current_prompt(module: nn.Module) -> Any:

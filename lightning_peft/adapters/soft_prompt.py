@@ -21,12 +21,12 @@ from lightning_peft.adapters.prompt_hosts import (
     PromptUpdate,
     check_prompt,
     check_text,
-    current_prompt,
     pretrained_eval,
     prompt_hosts,
     text_to_length,
 )
 from lightning_peft.adapters.prompt_insertion import Start, insert, prompt_start, shift_positions, strip_output
+from lightning_peft.adapters.prompt_positions import counted_positions, past_length
 from lightning_peft.adapters.updates import master_dtype, place
 
 NOTE = "prompt_start"
@@ -104,7 +104,7 @@ class SoftPrompt(Adapter):
         owner = type(self).__name__
         hosts = prompt_hosts(model, owner=owner)
         check_text(owner, tuple(self.text_ids), hosts.words)
-        if hosts.words is None:
+        if "input_ids" not in hosts.inputs:
             check_images(hosts, owner)
             return hosts
         if not isinstance(hosts.words, nn.Embedding) or "inputs_embeds" not in hosts.inputs:
@@ -146,7 +146,7 @@ class SoftPrompt(Adapter):
             prompt, hosts, owner=type(self).__name__, after_first=bool(self.after_first), tell_layers=tell_layers
         )
         key = place(base, name, text)
-        text.attach_to(base, before=put_into_text, after=take_out_of_text)
+        text.attach_to(base)
         return [f"{hosts.path}.{key}prompt".lstrip(".")]
 
 
@@ -166,8 +166,12 @@ class TextPrompt(PromptUpdate):
         assert hosts.words is not None
         self.prompt = nn.Parameter(prompt.detach().to(master_dtype(hosts.words.weight.dtype), copy=True))
         self.inputs, self.max_length = hosts.inputs, hosts.max_length
-        self.counts_from = None if hosts.positions is None else hosts.positions.padding_idx
+        self.padding = hosts.counts_from
         self.owner, self.after_first, self.tell_layers = owner, after_first, tell_layers
+
+    @override
+    def before(self, host: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return (), self.extend(host, {**dict(zip(self.inputs, args, strict=False)), **kwargs})
 
     def extend(self, base: Any, call: Mapping[str, Any]) -> dict[str, Any]:
         """Return the arguments of a call with the prompt in them; after the first step of decoding it is in the cache.
@@ -184,10 +188,10 @@ class TextPrompt(PromptUpdate):
         entries = ids if embedded is None else embedded
         assert entries is not None
         shape, count = (entries.shape[0], entries.shape[1]), len(self.prompt)
-        past, start = _past_length(call), prompt_start(mask, after_first=self.after_first)
+        past, start = past_length(call), prompt_start(mask, after_first=self.after_first)
         self._check_length(past + shape[1] + (0 if past else count))
         if "position_ids" in self.inputs:
-            given["position_ids"] = self._positions(call, shape, past, start)
+            given["position_ids"] = self._positions(call, past, start)
         if mask is not None:
             given["attention_mask"] = insert(mask, mask.new_ones(len(mask), count), start)
         if self.tell_layers:
@@ -201,37 +205,27 @@ class TextPrompt(PromptUpdate):
             given["token_type_ids"] = insert(types, types.new_zeros(len(types), count), start)
         return given
 
-    def _positions(self, call: Mapping[str, Any], shape: tuple[int, int], past: int, start: Start) -> Tensor | None:
+    def _positions(self, call: Mapping[str, Any], past: int, start: Start) -> Tensor | None:
         positions, mask = call.get("position_ids"), call.get("attention_mask")
         if positions is None:
             if past and mask is None:
                 return None  # the network counts the entries of the cache, and the prompt is among them
-            positions = self._count(call.get("input_ids") if not past else None, mask, shape)[:, -shape[1] :]
+            positions = counted_positions(call, padding=self.padding)
         if past:
             shifted: Tensor = positions + len(self.prompt)
             return shifted
         return shift_positions(positions, len(self.prompt), start, after_first=self.after_first)
 
-    def _count(self, ids: Tensor | None, mask: Tensor | None, shape: tuple[int, int]) -> Tensor:
-        pad = self.counts_from
-        if pad is None:
-            real = torch.ones(1, shape[1], dtype=torch.long, device=self.prompt.device) if mask is None else mask.long()
-            return (real.cumsum(1) - 1).clamp_min(0)
-        # RoBERTa's way: padding has the position of its token id, the rest counts from there
-        if ids is not None:
-            real = ids.ne(pad).long()
-        elif mask is not None:
-            real = mask.long()
-        else:
-            real = torch.ones(1, shape[1], dtype=torch.long, device=self.prompt.device)
-        return real.cumsum(1) * real + pad
-
     def _check_shapes(self, call: Mapping[str, Any]) -> None:
         mask, positions = call.get("attention_mask"), call.get("position_ids")
+        if getattr(call.get("past_key_values"), "is_compileable", False):
+            raise ValueError(
+                f"{self.owner}: a cache of fixed size has no room for the prompt. Leave cache_implementation out."
+            )
         if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
             raise ValueError(
-                f"{self.owner}: attention_mask must have the shape (batch, tokens); masks of other shapes, also those of "
-                "caches of fixed size, leave no room for the prompt."
+                f"{self.owner}: attention_mask must have the shape (batch, tokens); masks of other shapes leave no room "
+                "for the prompt."
             )
         if positions is not None and positions.ndim != 2:
             raise ValueError(
@@ -245,29 +239,10 @@ class TextPrompt(PromptUpdate):
                 f"{self.max_length} positions. Shorten the input to {self.max_length - len(self.prompt)} tokens."
             )
 
-    def reduce(self, call: Mapping[str, Any], output: Any) -> Any:
-        """Return what the network computed without the prompt's positions; ``call`` has the prompt in it."""
-        embedded, cache = call.get("inputs_embeds"), call.get("past_key_values")
+    @override
+    def after(self, host: Any, kwargs: dict[str, Any], output: Any) -> Any:
+        embedded, cache = kwargs.get("inputs_embeds"), kwargs.get("past_key_values")
         if embedded is None or (cache is not None and cache.get_seq_length() > embedded.shape[1]):
             return output
-        start = prompt_start(call.get("attention_mask"), after_first=self.after_first)
+        start = prompt_start(kwargs.get("attention_mask"), after_first=self.after_first)
         return strip_output(output, embedded.shape[1], len(self.prompt), start)
-
-
-def put_into_text(base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Forward pre-hook of a base model that reads text."""
-    update = current_prompt(base)
-    if not isinstance(update, TextPrompt):
-        return None
-    return (), update.extend(base, {**dict(zip(update.inputs, args, strict=False)), **kwargs})
-
-
-def take_out_of_text(base: Any, _args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-    """Forward hook of a base model that reads text."""
-    update = current_prompt(base)
-    return update.reduce(kwargs, output) if isinstance(update, TextPrompt) else output
-
-
-def _past_length(call: Mapping[str, Any]) -> int:
-    cache = call.get("past_key_values")
-    return 0 if cache is None else int(cache.get_seq_length())

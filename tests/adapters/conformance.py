@@ -8,7 +8,9 @@ from __future__ import annotations
 import contextlib
 import copy
 import itertools
+import json
 import pickle
+import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
@@ -18,9 +20,11 @@ from typing import Any
 
 import torch
 from torch import nn
+from tqdm import tqdm
 
 import lightning_peft as lp
-from tests.adapters.zoo import stir
+from lightning_peft.files import write_text
+from tests.adapters.zoo import ZOO, build, stir
 
 TOKENS = 4
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -43,13 +47,17 @@ class Method:
         peft: Name of PEFT's configuration class and its fields; None where PEFT has nothing like it.
         prompt: Whether it adds to the input and not to weights.
         base: Whether it trains parameters of the network itself.
-    constants: Whether its gradient takes something for a constant that moves, so that it is the gradient of nothing.
+        adds: Whether it adds parameters of its own.
+        format: Whether PEFT has files for it.
+        constants: Whether its gradient takes something for a constant that moves, so that it is the gradient of nothing.
     """
 
     ours: Any
     peft: tuple[str, dict[str, Any]] | None
     prompt: bool = False
     base: bool = False
+    adds: bool = True
+    format: bool = True
     constants: bool = False
 
 
@@ -66,6 +74,8 @@ def network() -> nn.Module:
         num_key_value_heads=2,
         intermediate_size=24,
         initializer_range=0.3,
+        attention_bias=True,
+        mlp_bias=True,
         pad_token_id=0,
         bos_token_id=1,
         eos_token_id=None,
@@ -100,6 +110,24 @@ METHODS: dict[str, Method] = {
     "LoRA, train_also": Method(
         lp.LoRA(rank=2, alpha=4, train_also=["lm_head"]), lora(modules_to_save=["lm_head"]), base=True
     ),
+    "IA3": Method(
+        lp.IA3(),
+        ("IA3Config", {"target_modules": ["k_proj", "v_proj", "down_proj"], "feedforward_modules": ["down_proj"]}),
+    ),
+    "VeRA": Method(lp.VeRA(rank=2), ("VeraConfig", {"r": 2, "target_modules": LINEAR})),
+    "LayerNormTuning": Method(
+        lp.LayerNormTuning(),
+        ("LNTuningConfig", {"target_modules": ["input_layernorm", "post_attention_layernorm", "norm"]}),
+        base=True,
+        adds=False,
+    ),
+    "BitFit": Method(lp.BitFit(), None, base=True, adds=False, format=False),
+    "SoftPrompt": Method(lp.SoftPrompt(tokens=3), ("PromptTuningConfig", {"num_virtual_tokens": 3}), prompt=True),
+    "KVPrefix": Method(
+        lp.KVPrefix(tokens=3, offset_positions=True), ("PrefixTuningConfig", {"num_virtual_tokens": 3}), prompt=True
+    ),
+    "KVPrefix, positions from 0 on": Method(lp.KVPrefix(tokens=3), None, prompt=True, format=False),
+    "DeepPrompt": Method(lp.DeepPrompt(tokens=3), None, prompt=True, format=False),
 }
 
 
@@ -130,12 +158,25 @@ class Ours:
     def save(self, model: nn.Module, path: Path) -> None:
         lp.save_adapter(model, path)
 
-    def load(self, path: Path) -> nn.Module:
+    def load(self, path: Path, *, trains: bool = False) -> nn.Module:
         return lp.load_adapter(network(), path).eval()
 
     def rows(self, model: nn.Module, names: list[str | None]) -> torch.Tensor:
         with lp.adapter_rows(model, names):
             return logits(model)
+
+
+@contextlib.contextmanager
+def default_float64() -> Iterator[None]:
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+NARROW = ("pissa", "olora")
+"""PEFT's initialisations that know no float64."""
 
 
 class Peft:
@@ -157,9 +198,20 @@ class Peft:
         return peft.get_peft_model(narrow, self.config(method), autocast_adapter_dtype=False).to(kind).eval()
 
     def again(self, method: Method, model: Any) -> nn.Module:
-        model.add_adapter("second", self.config(method))
+        config = self.config(method)
+        if getattr(config, "init_lora_weights", None) not in NARROW:
+            model.add_adapter("second", config)
+            model.set_adapter("second")
+            if method.prompt:  # which it leaves trainable: the first one is not to be moved along
+                model.prompt_encoder["default"].requires_grad_(False)
+            return model.double()
+        kept = {name: value.detach().clone() for name, value in model.named_parameters() if "lora_" in name}
+        model.float().add_adapter("second", config)
         model.set_adapter("second")
-        return model.double()
+        for name, value in model.double().named_parameters():
+            if name in kept:
+                value.data.copy_(kept[name])
+        return model
 
     def switch(self, model: Any, name: str) -> None:
         model.set_adapter(name)
@@ -180,10 +232,14 @@ class Peft:
     def save(self, model: Any, path: Path) -> None:
         model.save_pretrained(path)
 
-    def load(self, path: Path) -> nn.Module:
+    def load(self, path: Path, *, trains: bool = False) -> nn.Module:
         import peft
 
-        return peft.PeftModel.from_pretrained(network(), path, is_trainable=True, autocast_adapter_dtype=False).eval()
+        decomposes = json.loads((path / "adapter_config.json").read_text()).get("init_lora_weights") in NARROW
+        base = network().float() if decomposes else network()
+        with default_float64():  # its prompts are made in torch's default dtype, and would be rounded to it
+            model = peft.PeftModel.from_pretrained(base, path, is_trainable=trains, autocast_adapter_dtype=False)
+        return model.double().eval()
 
     def rows(self, model: Any, names: list[str | None]) -> torch.Tensor:
         return logits(model, adapter_names=[name or "__base__" for name in names])
@@ -321,7 +377,7 @@ def files(arm: Arm, method: Method) -> Seen:
 def trains_after_loading(arm: Arm, method: Method) -> Seen:
     with tempfile.TemporaryDirectory() as folder:
         arm.save(stir(arm.add(method)), Path(folder))
-        model = arm.load(Path(folder))
+        model = arm.load(Path(folder), trains=True)
         logits(model).square().mean().backward()
         trains = [p.grad is not None for p in model.parameters() if p.requires_grad]
         return Seen(bool(trains) and all(trains), "trains on" if trains and all(trains) else "frozen")
@@ -434,37 +490,173 @@ PROPERTIES: dict[str, Property] = {
     "generate, greedy, left-padded": generates(1),
     "generate, 3 beams, left-padded": generates(3),
 }
+FILES = {"the other library reads its file", "loaded, it trains on", "a file with a key missing and one too many"}
 PROMPTS_HAVE_NOT = {"adding changes no output", "merging keeps outputs (float64)", "unmerging restores bits (bf16)"}
 ALL_SHARE = {"another adapter for each row"}
 
 
 def applies(method: Method, name: str) -> bool:
     """Whether a property means anything for a method."""
-    without = set()
+    without: set[str] = set()
     without |= PROMPTS_HAVE_NOT | ALL_SHARE if method.prompt else set()
     without |= ALL_SHARE if method.base else set()
     without |= {"second derivatives"} if method.constants else set()
+    without |= {"master weights in bf16-true"} if not method.adds else set()
+    without |= FILES if not method.format else set()
     return name not in without
 
 
-def see(arm: Arm, method: Method, check: Property) -> Seen:
+def see(arm: Arm, subject: Any, check: Callable[[Arm, Any], Seen]) -> Seen:
     """What a property says; an error is an answer too."""
     torch.manual_seed(0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            return check(arm, method)
+            return check(arm, subject)
         except Exception as error:
-            return Seen(False, f"{type(error).__name__}")
+            said = " ".join(str(error).split())
+            return Seen(False, f"{type(error).__name__}: {said[:60]}{'...' if len(said) > 60 else ''}")
+
+
+def layer_network(case: str) -> nn.Module:
+    """One of the networks with a layer of that kind, the same at every call."""
+    torch.manual_seed(3)
+    return build(ZOO[case])
+
+
+def adapted_layers(arm: Arm, case: str) -> nn.Module:
+    """That network with a LoRA on the layers in question, moved away from its start."""
+    import peft
+
+    targets, parameters = list(ZOO[case].targets), list(ZOO[case].parameters)
+    model = layer_network(case)
+    if isinstance(arm, Ours):
+        return lp.add_adapter(model, lp.LoRA(rank=2, alpha=6, targets=[*targets, *parameters]))
+    config = peft.LoraConfig(r=2, lora_alpha=6, target_modules=targets, target_parameters=parameters or None)
+    return peft.get_peft_model(model, config, autocast_adapter_dtype=False).eval()
+
+
+def layer_adds_nothing(arm: Arm, case: str) -> Seen:
+    x = layer_input(case)
+    return difference(gap(adapted_layers(arm, case)(x), layer_network(case)(x)), 1e-15)
+
+
+def layer_merges(arm: Arm, case: str) -> Seen:
+    model, x = stir(adapted_layers(arm, case)), layer_input(case)
+    before = model(x)
+    return difference(gap(arm.merge(model)(x), before), 1e-12)
+
+
+def layer_computes_what_the_weights_say(arm: Arm, case: str) -> Seen:
+    """Compare with the plain network that has the formula's weights: those of our own merge, which tests hold to float64."""
+    model, x = stir(adapted_layers(arm, case)), layer_input(case)
+    with tempfile.TemporaryDirectory() as folder:
+        arm.save(model, Path(folder))
+        loaded = lp.load_adapter(layer_network(case), folder)
+    return difference(gap(lp.merge_adapter(loaded, unload=True)(x), model(x)), 1e-10)
+
+
+def layer_input(case: str) -> Any:
+    torch.manual_seed(4)
+    return ZOO[case].inputs()
+
+
+LAYERS: dict[str, Callable[[Arm, str], Seen]] = {
+    "adding changes no output": layer_adds_nothing,
+    "merging keeps outputs (float64)": layer_merges,
+    "forward is the formula of its file": layer_computes_what_the_weights_say,
+}
+CANNOT_MERGE = {case for case, network in ZOO.items() if "merge" in network.no}
+
+
+def layer_applies(case: str, name: str) -> bool:
+    """Whether a property means anything for a kind of layer: grouped convolutions have no merged weight of low rank."""
+    return case not in CANNOT_MERGE or name == "adding changes no output"
+
+
+HOW = {
+    "keys of the base": "so that a checkpoint of the base loads before and after",
+    "master weights in bf16-true": "dtype of what the adapter added after `precision='bf16-true'`",
+    "loaded, it trains on": "in PEFT with `is_trainable=True`",
+    "left padding": "a row in a padded batch against the row alone; `position_ids` are given",
+    "generate, greedy, left-padded": "rows in a padded batch against the rows alone",
+    "generate, 3 beams, left-padded": "rows in a padded batch against the rows alone",
+    "second derivatives": "against differences of gradients; with eager attention, since fused attention has none",
+    "checkpointing, re-entrant": "gradients against those without",
+    "checkpointing, not re-entrant": "gradients against those without",
+    "bf16 autocast": "largest distance from float32, relative; gradients finite and float32",
+    "fp16 autocast": "largest distance from float32, relative; gradients finite and float32",
+    "the other library reads its file": "outputs in float64",
+    "forward is the formula of its file": "loaded here and merged into the plain network",
+}
+"""What is compared."""
+WHY = {
+    "another adapter for each row": "the names are ignored, or the base was moved",
+    "several adapters": "the base was moved when the second one came",
+    "adding changes no output": "the decomposition is taken out of the base, and comes back rounded",
+    "disabled, it is the base": "the base was moved when the adapter came",
+    "keys of the base": "`base_layer` comes in between",
+    "unmerging restores bits (bf16)": "the update is subtracted again, with rounding; here the weights were kept",
+    "taking it off": "`requires_grad` stays as it has become, and the base where it was moved to",
+    "torch.compile": "strings are compared in forward, or an update looks at numbers",
+    "master weights in bf16-true": "small optimizer steps are rounded away",
+    "the other library reads its file": "its initialisation moved the base: such a file is refused",
+    "a file with a key missing and one too many": "at most a warning, or an error that does not name both",
+    "left padding": "the prompt goes before the padding, and `position_ids` are dropped",
+    "generate, greedy, left-padded": "the prompt goes before the padding",
+    "generate, 3 beams, left-padded": "the prompt goes before the padding",
+}
+"""Why it is not as it should be in PEFT."""
+HEADING = """# Adapters
+
+What every method does, ours and PEFT's. Each property is tried on a small Llama (two layers, grouped queries, biases, float64) or
+on a small network with one kind of layer. **Bold** is not as it should be. A property that means nothing for a method is left
+out: prompts change outputs and are no change of weights, a prompt or a trained parameter of the base serves a whole batch, the
+gradient of DoRA takes a norm for a constant, and PEFT has no files for BitFit and DeepPrompt.
+Made by `python -m tests.adapters.conformance docs/adapters.md` {versions}.
+Our column is made anew, cell by cell, in the tests.
+"""
+
+
+def shown(seen: Seen | None) -> str:
+    """A cell of the table."""
+    if seen is None:
+        return "has no such method"
+    text = seen.says.replace("|", "/")
+    return text if seen.ok else f"**{text}**"
+
+
+def page(rows: list[tuple[str, str, Seen, Seen | None]]) -> str:
+    """The tables as Markdown, one for each method and one for layers."""
+    lines: list[str] = []
+    for title, cells in itertools.groupby(rows, key=lambda row: row[0]):
+        lines += ["", f"### {title}", "", "| property | ours | PEFT | note |", "|---|---|---|---|"]
+        for _, name, ours, peft in cells:
+            notes = [
+                HOW.get(name),
+                WHY.get(name) if peft is not None and not peft.ok and ": " not in peft.says else None,
+            ]
+            lines.append(f"| {name} | {shown(ours)} | {shown(peft)} | {'. PEFT: '.join(filter(None, notes))} |")
+    return "\n".join(lines) + "\n"
 
 
 def table() -> Iterator[tuple[str, str, Seen, Seen | None]]:
-    """Yield every cell: method, property, ours, PEFT's."""
+    """Yield every cell: method or kind of layer, property, ours, PEFT's."""
     for (name, method), (title, check) in itertools.product(METHODS.items(), PROPERTIES.items()):
         if applies(method, title):
             yield name, title, see(Ours(), method, check), see(Peft(), method, check) if method.peft else None
+    for case, (title, layer_check) in itertools.product(ZOO, LAYERS.items()):
+        if layer_applies(case, title):
+            yield f"LoRA on layers: {case}", title, see(Ours(), case, layer_check), see(Peft(), case, layer_check)
 
 
 if __name__ == "__main__":
-    for cell in table():
-        print(cell)
+    import peft
+    import transformers
+
+    torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
+    count = sum(applies(method, title) for method in METHODS.values() for title in PROPERTIES)
+    found = list(tqdm(table(), desc="cells", total=count + sum(layer_applies(c, n) for c in ZOO for n in LAYERS)))
+    versions = f"with PEFT {peft.__version__}, transformers {transformers.__version__}, torch {torch.__version__}"
+    write_text(Path(sys.argv[1]), HEADING.format(versions=versions) + page(found))

@@ -1,13 +1,24 @@
 """IA3 and VeRA in PEFT's files, heads beside every method, and the network that a file belongs to."""
 
 import copy
+import json
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from lightning_peft import IA3, BitFit, LinearProbe, LoRA, VeRA, add_adapter, remove_adapter, set_adapter
+from lightning_peft import (
+    IA3,
+    BitFit,
+    LayerNormTuning,
+    LinearProbe,
+    LoRA,
+    VeRA,
+    add_adapter,
+    remove_adapter,
+    set_adapter,
+)
 from lightning_peft.adapters.attachment import attachment_of
 from lightning_peft.adapters.peft_format import from_peft, load_adapter, save_adapter
 from tests.adapters.test_lora import small, tiny, trained
@@ -197,3 +208,56 @@ def test_weights_that_train_beside_the_adapter_are_no_other_network(tmp_path):
     fresh = copy.deepcopy(base)
     nn.init.zeros_(fresh[2].weight)  # a head that every start draws anew
     assert torch.equal(load_adapter(fresh, tmp_path)(x), ours(x))
+
+
+@pytest.mark.filterwarnings("ignore:Unsupported layer type")
+def test_trained_norms_and_a_head_go_both_ways(tmp_path):
+    import peft
+
+    base = tiny("bert")[0].double().eval()
+    config = peft.LNTuningConfig(target_modules=["LayerNorm"], modules_to_save=["classifier"])
+    theirs = stir(peft.get_peft_model(copy.deepcopy(base), config)).eval()
+    theirs.save_pretrained(tmp_path / "theirs")
+    expected = theirs(input_ids=TOKENS).logits
+    ours = load_adapter(copy.deepcopy(base), tmp_path / "theirs")
+    assert torch.allclose(ours(input_ids=TOKENS).logits, expected, rtol=0, atol=1e-10)
+    save_adapter(ours, tmp_path / "ours")
+    again = read_by_peft(base, tmp_path / "ours")
+    assert torch.allclose(again(input_ids=TOKENS).logits, expected, rtol=0, atol=1e-10)
+    assert {name for name, p in ours.named_parameters() if p.requires_grad} == {
+        name.replace("base_model.model.", "")
+        .replace(".ln_tuning_layers.default", "")
+        .replace(".modules_to_save.default", "")
+        for name, p in again.named_parameters()
+        if p.requires_grad
+    }
+
+
+def test_what_is_tuned_as_a_norm_must_be_one(tmp_path):
+    from tests.adapters.test_peft_format import edited
+
+    base = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))
+    save_adapter(add_adapter(copy.deepcopy(base), LayerNormTuning()), tmp_path)
+    for targets, message in (
+        (["0"], "'0' is tuned as a normalisation layer"),
+        (["3"], "matches no layer"),
+        (None, "lacks"),
+    ):
+        edited(tmp_path, target_modules=targets)
+        with pytest.raises(ValueError, match=message):
+            load_adapter(copy.deepcopy(base), tmp_path)
+
+
+def test_a_file_keeps_the_rules_of_vllm(tmp_path):
+    # As its PEFTHelper has them: these fields, no modules beside, one scale; and its loader: these names and no others.
+    base = tiny("llama")[0]
+    save_adapter(add_adapter(base, LoRA(rank=4, alpha=8, scaling="rslora")), tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert {"r": 4, "lora_alpha": 8.0, "use_rslora": True, "use_dora": False, "bias": "none"}.items() <= config.items()
+    assert config["target_modules"]
+    assert [key for key in ("modules_to_save", "rank_pattern", "alpha_pattern") if config[key]] == []
+    weights = load_file(tmp_path / "adapter_model.safetensors")
+    linear = {name for name, layer in base.named_modules() if isinstance(layer, nn.Linear) and name != "lm_head"}
+    keys = {f"base_model.model.{name}.lora_{side}.weight" for name in linear for side in "AB"}
+    assert weights.keys() == keys
+    assert {weights[key].shape[0 if "lora_A" in key else 1] for key in keys} == {4}

@@ -1,0 +1,43 @@
+"""How a network numbers its tokens when the caller does not say, and how a prompt moves the numbers on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def past_length(call: Mapping[str, Any]) -> int:
+    """Return how many entries the cache of a call holds already."""
+    cache = call.get("past_key_values")
+    return 0 if cache is None else int(cache.get_seq_length())
+
+
+def counted_positions(call: Mapping[str, Any], *, padding: int | None) -> Tensor:
+    """Return the position of every token of a call: the number of real tokens before it.
+
+    Args:
+        call: The arguments of a base model: ``input_ids`` or ``inputs_embeds``, ``attention_mask``, ``past_key_values``.
+        padding: For networks that count as RoBERTa does, the id and position of padding; the rest counts from there.
+
+    Returns:
+        Of shape ``(batch or 1, tokens)``.
+
+    >>> counted_positions({"input_ids": torch.ones(2, 3), "attention_mask": torch.tensor([[1, 1, 1], [0, 1, 1]])}, padding=None)
+    tensor([[0, 1, 2],
+            [0, 0, 1]])
+    """
+    ids, mask = call.get("input_ids"), call.get("attention_mask")
+    entries: Tensor = call["inputs_embeds"] if ids is None else ids
+    length, past = entries.shape[1], past_length(call)
+    if padding is not None and ids is not None and not past:
+        real = ids.ne(padding).long()
+    elif mask is not None:
+        real = mask.long()
+    else:
+        real = torch.ones(1, past + length, dtype=torch.long, device=entries.device)
+    counted: Tensor = real.cumsum(1)
+    positions = (counted - 1).clamp_min(0) if padding is None else counted * real + padding
+    return positions[:, -length:]
