@@ -2,7 +2,8 @@
 
 The cost of an update is bytes, not arithmetic, so the operation touches a tensor of the size of the activations as
 seldom as it can: the scale rides in the GEMM that adds the update, ``x`` is kept by reference and not copied, float32
-adapters are cast and never the activations, and a dropout mask is drawn twice from one seed instead of kept.
+adapters are cast and never the activations, and a dropout mask is drawn twice from one seed instead of kept, or kept as
+a byte per entry on CPUs.
 """
 
 from __future__ import annotations
@@ -96,12 +97,20 @@ def gemm_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
     return dtype if known() else torch.float32
 
 
-def _mask(x: Tensor, dropout: float, seed: int) -> Tensor:
-    """Return which entries of ``x`` are kept; one seed keeps the same ones. Four are drawn from one random number."""
-    generator = torch.Generator(x.device).manual_seed(seed)
+def _keeps_mask(device: torch.device) -> bool:
+    """Whether a mask is kept, a byte per entry, and not drawn twice: on CPUs drawing is dear."""
+    return device.type == "cpu"
+
+
+def _mask(x: Tensor, dropout: float, generator: torch.Generator | None = None) -> Tensor:
+    """Return which entries of ``x`` are kept. Four are drawn from one random number."""
     draws = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device)
     draws.random_(-(2**63), None, generator=generator)
     return draws.view(torch.int16)[: x.numel()].view(x.shape) >= round(dropout * 2**16) - 2**15
+
+
+def _drawn_again(x: Tensor, dropout: float, seed: int) -> Tensor:
+    return _mask(x, dropout, torch.Generator(x.device).manual_seed(seed))
 
 
 class _LowRankLinear(torch.autograd.Function):
@@ -118,59 +127,74 @@ class _LowRankLinear(torch.autograd.Function):
         dropout: float,
         dtype: torch.dtype,
     ) -> Tensor:
-        x = input.reshape(-1, input.shape[-1]).to(dtype)
-        # From the CPU's generator: checkpointed regions restore it, and no device has to be waited for.
-        seed = int(torch.empty((), dtype=torch.int64).random_().item()) if dropout else 0
-        output = F.linear(x, weight.to(dtype), None if bias is None else bias.to(dtype))
+        x = _rows(input, dtype)
+        mask = seed = None
+        if dropout and _keeps_mask(x.device):
+            mask = _mask(x, dropout)
+        elif dropout:
+            # From the CPU's generator: checkpointed regions restore it, and no device has to be waited for.
+            seed = int(torch.empty((), dtype=torch.int64).random_().item())
+        output = F.linear(x, _cast(weight, dtype), None if bias is None else _cast(bias, dtype))
         narrow = gemm_dtype(x.device, dtype)
-        low = (x * _mask(x, dropout, seed) if dropout else x).to(narrow) @ down.to(narrow).t()
+        drop = _drawn_again(x, dropout, seed) if seed is not None else mask
+        low = _cast(x if drop is None else x * drop, narrow) @ _cast(down, narrow).t()
         scale = scale / (1 - dropout)  # the part of the mask that is the same for all entries
-        _add_product(output, low, up.to(narrow).t(), scale)
+        _add_product(output, low, _cast(up, narrow).t(), scale)
         kept = None
         if gain is not None:
-            kept, tight = output, gain.to(dtype)
+            kept, tight = output, _cast(gain, dtype)
             output = torch.addcmul(output, output, tight)
             if bias is not None:
-                output.sub_(tight * bias.to(dtype))
-        ctx.save_for_backward(input, weight, bias, down, up, gain, low, kept)
+                output.sub_(tight * _cast(bias, dtype))
+        ctx.save_for_backward(input, weight, bias, down, up, gain, low, kept, mask)
         ctx.scale, ctx.dropout, ctx.seed, ctx.dtype, ctx.narrow = scale, dropout, seed, dtype, narrow
-        return output.view(*input.shape[:-1], -1)
+        return output if input.dim() == 2 else output.view(*input.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx: Any, *outputs: Tensor) -> Any:
         # Gradients of gradients come here with gradients enabled. Then only inputs may enter the formulas: what the
         # forward pass computed on its way, ``low`` and ``kept``, is computed again so that it can be differentiated.
-        input, weight, bias, down, up, gain, low, kept = ctx.saved_tensors
+        input, weight, bias, down, up, gain, low, kept, mask = ctx.saved_tensors
         again, dtype, narrow, scale = torch.is_grad_enabled(), ctx.dtype, ctx.narrow, ctx.scale
-        x, dy = input.reshape(-1, input.shape[-1]).to(dtype), outputs[0].reshape(-1, outputs[0].shape[-1]).to(dtype)
-        a, b = down.to(narrow), up.to(narrow)
-        mask = _mask(x, ctx.dropout, ctx.seed) if ctx.dropout else None
-        dropped = (x if mask is None else x * mask).to(narrow)
+        x, dy = _rows(input, dtype), _rows(outputs[0], dtype)
+        a, b = _cast(down, narrow), _cast(up, narrow)
+        mask = _drawn_again(x, ctx.dropout, ctx.seed) if ctx.seed is not None else mask
+        dropped = _cast(x if mask is None else x * mask, narrow)
         if again:
             low = dropped @ a.t()
         grads: list[Tensor | None] = [None] * 9
         if bias is not None and ctx.needs_input_grad[2]:
-            grads[2] = dy.sum(0).to(bias.dtype)
+            grads[2] = _cast(dy.sum(0), bias.dtype)
         if gain is not None:
             if again:
-                kept = _add_product(F.linear(x, weight.to(dtype)), low, b.t(), scale)
+                kept = _add_product(F.linear(x, _cast(weight, dtype)), low, b.t(), scale)
             elif bias is not None:
-                kept = kept - bias.to(dtype)
-            grads[5] = (dy * kept).sum(0).to(gain.dtype)
-            dy = torch.addcmul(dy, dy, gain.to(dtype))
-        wide = dy.to(narrow)
+                kept = kept - _cast(bias, dtype)
+            grads[5] = _cast((dy * kept).sum(0), gain.dtype)
+            dy = torch.addcmul(dy, dy, _cast(gain, dtype))
+        wide = _cast(dy, narrow)
         g = (wide @ b).mul_(scale)
         if ctx.needs_input_grad[3]:
-            grads[3] = (g.t() @ dropped).to(down.dtype)
+            grads[3] = _cast(g.t() @ dropped, down.dtype)
         if ctx.needs_input_grad[4]:
-            grads[4] = (low.t() @ wide).mul_(scale).t().to(up.dtype)
+            grads[4] = _cast((low.t() @ wide).mul_(scale).t(), up.dtype)
         if ctx.needs_input_grad[0]:
-            dx = dy @ weight.to(dtype)
-            dx = _add_product(dx, g, a, 1.0) if mask is None else dx.add_((g @ a).mul_(mask))
-            grads[0] = dx.to(input.dtype).view(input.shape)
+            grads[0] = _cast(_input_gradient(dy @ _cast(weight, dtype), g, a, mask), input.dtype).view(input.shape)
         if ctx.needs_input_grad[1]:
-            grads[1] = (dy.t() @ x).to(weight.dtype)
+            grads[1] = _cast(dy.t() @ x, weight.dtype)
         return tuple(grads)
+
+
+def _input_gradient(plain: Tensor, g: Tensor, a: Tensor, mask: Tensor | None) -> Tensor:
+    return _add_product(plain, g, a, 1.0) if mask is None else plain.add_((g @ a).mul_(mask))
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)  # a call that does nothing still takes microseconds
+
+
+def _rows(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return _cast(tensor if tensor.dim() == 2 else tensor.reshape(-1, tensor.shape[-1]), dtype)
 
 
 def _add_product(target: Tensor, one: Tensor, two: Tensor, scale: float) -> Tensor:

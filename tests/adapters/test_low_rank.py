@@ -4,7 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lightning_peft.adapters.low_rank import _mask, low_rank_linear
+from lightning_peft.adapters import low_rank
+from lightning_peft.adapters.low_rank import _drawn_again, low_rank_linear
 
 
 def parts(dtype=torch.float64, bias=True, gain=False):
@@ -79,8 +80,15 @@ def test_forward_mode_raises_or_is_right():
         fused(forward_ad.make_dual(x, torch.ones_like(x)), w, bias, a.requires_grad_(), b, None)
 
 
+@pytest.fixture(params=[True, False], ids=["kept", "drawn again"])
+def mask_kept(request, monkeypatch):
+    """Both ways to a mask, of which each kind of device takes one."""
+    monkeypatch.setattr(low_rank, "_keeps_mask", lambda device: request.param)
+    return request.param
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_dropout_drops_whole_entries_of_the_update_s_input_and_keeps_its_mean(dropout):
+def test_dropout_drops_whole_entries_of_the_update_s_input_and_keeps_its_mean(dropout, mask_kept):
     x, w = torch.ones(200, 50, dtype=torch.float64), torch.zeros(50, 50, dtype=torch.float64)
     eye = torch.eye(50, dtype=torch.float64, requires_grad=True)
     y = low_rank_linear(x, w, None, eye, eye.detach(), scale=1.0, dropout=dropout)
@@ -91,7 +99,7 @@ def test_dropout_drops_whole_entries_of_the_update_s_input_and_keeps_its_mean(dr
     assert torch.allclose(eye.grad, y.detach().sum(0).expand(50, 50), rtol=0, atol=1e-9)
 
 
-def test_dropout_follows_the_global_seed_and_changes_from_call_to_call():
+def test_dropout_follows_the_global_seed_and_changes_from_call_to_call(mask_kept):
     inputs = [t if t is None else t.detach() for t in parts()]
     torch.manual_seed(5)
     first, second = fused(*inputs, dropout=0.5), fused(*inputs, dropout=0.5)
@@ -102,7 +110,7 @@ def test_dropout_follows_the_global_seed_and_changes_from_call_to_call():
 
 @pytest.mark.parametrize("dropout", [0.01, 0.1, 0.5, 0.9])
 def test_a_mask_keeps_the_share_that_was_asked_for_everywhere_alike(dropout):
-    mask = _mask(torch.empty(1000, 103), dropout, 11).double()
+    mask = _drawn_again(torch.empty(1000, 103), dropout, 11).double()
     spread = (dropout * (1 - dropout)) ** 0.5
     assert abs(mask.mean() - (1 - dropout)) < 4 * spread / mask.numel() ** 0.5
     for lane in range(4):  # four entries come from one random number
@@ -110,7 +118,7 @@ def test_a_mask_keeps_the_share_that_was_asked_for_everywhere_alike(dropout):
         assert abs(lanes.mean() - (1 - dropout)) < 4 * spread / lanes.numel() ** 0.5
     pairs = mask.flatten()[:-1] * mask.flatten()[1:]
     assert abs(pairs.mean() - (1 - dropout) ** 2) < 6 * spread / pairs.numel() ** 0.5
-    assert torch.equal(mask, _mask(torch.empty(1000, 103), dropout, 11).double())
+    assert torch.equal(mask, _drawn_again(torch.empty(1000, 103), dropout, 11).double())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -148,14 +156,15 @@ def test_autocast_computes_in_its_dtype_and_hands_gradients_back_in_the_paramete
             assert F.cosine_similarity(ours.grad.double().flatten(), exact.grad.flatten(), dim=0) > 0.998
 
 
-def test_nothing_is_saved_but_references_and_what_is_rank_wide():
+def test_nothing_is_saved_but_references_and_what_is_rank_wide(mask_kept):
     x, w, bias, a, b, _ = parts(torch.float32)
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         fused(x, w, bias, a, b, None, dropout=0.5)
     given = {t.untyped_storage().data_ptr() for t in (x, w, bias, a, b)}
     new = [t for t in saved if t.untyped_storage().data_ptr() not in given]
-    assert [tuple(t.shape) for t in new] == [(15, 2)]
+    kept = [((15, 6), torch.bool)] if mask_kept else []
+    assert [(tuple(t.shape), t.dtype) for t in new] == [((15, 2), torch.float32), *kept]
 
 
 def test_the_gradient_of_an_input_that_needs_none_is_not_computed():
