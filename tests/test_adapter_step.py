@@ -123,10 +123,10 @@ def test_an_adapter_on_a_bfloat16_layer_moves_at_most_36_mib(extra):
     assert row["backward_ops"] <= 11
 
 
-def test_an_adapter_on_a_float32_layer_is_two_more_operations_forward_and_seven_backward(extra):
+def test_an_adapter_on_a_float32_layer_is_one_more_operation_forward_and_eight_backward(extra):
     row = extra["fp32", "LoRA"]["ours"]
-    assert row["forward_ops"] <= 2
-    assert row["backward_ops"] <= 7  # three products, and four that touch what is as narrow as the rank
+    assert row["forward_ops"] <= 1  # the weight with the update in it
+    assert row["backward_ops"] <= 8  # the same, four products, and three that touch what is as narrow as the rank
 
 
 @pytest.mark.parametrize(("method", "limit"), [("LoRA", 12), ("LoRA, dropout 0.1", 15), ("DoRA", 18)])

@@ -1,7 +1,8 @@
 """The linear map ``x W^T + b`` with a low-rank update, as one differentiable operation.
 
 The cost of an update is bytes, not arithmetic, so the operation touches a tensor of the size of the activations as
-seldom as it can: the scale rides in the GEMM that adds the update, ``x`` is kept by reference and not copied, float32
+seldom as it can: the scale rides in the GEMM that adds the update (to the output or, where there are more rows than
+features and precision allows, to the weight), ``x`` is kept by reference and not copied, float32
 adapters are cast and never the activations, and a dropout mask is drawn twice from one seed instead of kept, or kept as
 a byte per entry on CPUs.
 """
@@ -134,18 +135,24 @@ class _LowRankLinear(torch.autograd.Function):
         elif dropout:
             # From the CPU's generator: checkpointed regions restore it, and no device has to be waited for.
             seed = int(torch.empty((), dtype=torch.int64).random_().item())
-        output = F.linear(x, _cast(weight, dtype), None if bias is None else _cast(bias, dtype))
-        narrow = gemm_dtype(x.device, dtype)
-        drop = _drawn_again(x, dropout, seed) if seed is not None else mask
-        low = _cast(x if drop is None else x * drop, narrow) @ _cast(down, narrow).t()
-        scale = scale / (1 - dropout)  # the part of the mask that is the same for all entries
-        _add_product(output, low, _cast(up, narrow).t(), scale)
+        narrow, scale = (
+            gemm_dtype(x.device, dtype),
+            scale / (1 - dropout),
+        )  # what of the mask is the same for all entries
+        wide, offset = _cast(weight, dtype), None if bias is None else _cast(bias, dtype)
+        a, b, low = _cast(down, narrow), _cast(up, narrow), None
+        if not dropout and _merges(dtype, *x.shape):
+            output = F.linear(x, torch.addmm(wide, b, a, alpha=scale), offset)
+        else:
+            drop = _drawn_again(x, dropout, seed) if seed is not None else mask
+            low = _cast(x if drop is None else x * drop, narrow) @ a.t()
+            output = _add_product(F.linear(x, wide, offset), low, b.t(), scale)
         kept = None
         if gain is not None:
-            kept, tight = output, _cast(gain, dtype)
-            output = torch.addcmul(output, output, tight)
-            if bias is not None:
-                output.sub_(tight * _cast(bias, dtype))
+            kept, factor = output, _cast(gain, dtype)
+            output = torch.addcmul(output, output, factor)
+            if offset is not None:
+                output.sub_(factor * offset)
         ctx.save_for_backward(input, weight, bias, down, up, gain, low, kept, mask)
         ctx.scale, ctx.dropout, ctx.seed, ctx.dtype, ctx.narrow = scale, dropout, seed, dtype, narrow
         return output if input.dim() == 2 else output.view(*input.shape[:-1], -1)
@@ -157,17 +164,17 @@ class _LowRankLinear(torch.autograd.Function):
         input, weight, bias, down, up, gain, low, kept, mask = ctx.saved_tensors
         again, dtype, narrow, scale = torch.is_grad_enabled(), ctx.dtype, ctx.narrow, ctx.scale
         x, dy = _rows(input, dtype), _rows(outputs[0], dtype)
-        a, b = _cast(down, narrow), _cast(up, narrow)
+        a, b, w = _cast(down, narrow), _cast(up, narrow), _cast(weight, dtype)
         mask = _drawn_again(x, ctx.dropout, ctx.seed) if ctx.seed is not None else mask
         dropped = _cast(x if mask is None else x * mask, narrow)
-        if again:
+        if again or low is None:
             low = dropped @ a.t()
         grads: list[Tensor | None] = [None] * 9
         if bias is not None and ctx.needs_input_grad[2]:
             grads[2] = _cast(dy.sum(0), bias.dtype)
         if gain is not None:
             if again:
-                kept = _add_product(F.linear(x, _cast(weight, dtype)), low, b.t(), scale)
+                kept = _add_product(F.linear(x, w), low, b.t(), scale)
             elif bias is not None:
                 kept = kept - _cast(bias, dtype)
             grads[5] = _cast((dy * kept).sum(0), gain.dtype)
@@ -179,14 +186,28 @@ class _LowRankLinear(torch.autograd.Function):
         if ctx.needs_input_grad[4]:
             grads[4] = _cast((low.t() @ wide).mul_(scale).t(), up.dtype)
         if ctx.needs_input_grad[0]:
-            grads[0] = _cast(_input_gradient(dy @ _cast(weight, dtype), g, a, mask), input.dtype).view(input.shape)
+            grads[0] = _cast(_input_gradient(dy, w, a, b, g, scale, mask), input.dtype).view(input.shape)
         if ctx.needs_input_grad[1]:
             grads[1] = _cast(dy.t() @ x, weight.dtype)
         return tuple(grads)
 
 
-def _input_gradient(plain: Tensor, g: Tensor, a: Tensor, mask: Tensor | None) -> Tensor:
-    return _add_product(plain, g, a, 1.0) if mask is None else plain.add_((g @ a).mul_(mask))
+def _input_gradient(  # noqa: PLR0917 - all that one formula has
+    dy: Tensor, w: Tensor, a: Tensor, b: Tensor, g: Tensor, scale: float, mask: Tensor | None
+) -> Tensor:
+    if mask is not None:
+        return (dy @ w).add_((g @ a).mul_(mask))
+    if _merges(dy.dtype, *dy.shape):
+        return dy @ torch.addmm(w, b, a, alpha=scale)
+    return _add_product(dy @ w, g, a, 1.0)
+
+
+def _merges(dtype: torch.dtype, rows: int, width: int) -> bool:
+    """Whether one product takes the weight with the update in it: that is less to compute and to move where rows are many.
+
+    Never in half precision, whose weights would round the update away.
+    """
+    return dtype in (torch.float32, torch.float64) and rows > width
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:

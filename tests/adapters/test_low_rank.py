@@ -8,6 +8,13 @@ from lightning_peft.adapters import low_rank
 from lightning_peft.adapters.low_rank import _drawn_again, low_rank_linear
 
 
+@pytest.fixture(autouse=True, params=[True, False], ids=["merged", "beside"])
+def merging(request, monkeypatch):
+    """Both ways to add an update in float32 and float64, of which the shapes choose one."""
+    monkeypatch.setattr(low_rank, "_merges", lambda dtype, rows, width: request.param and dtype.itemsize >= 4)
+    return request.param
+
+
 def parts(dtype=torch.float64, bias=True, gain=False):
     x, w = torch.randn(3, 5, 6, dtype=dtype), torch.randn(4, 6, dtype=dtype)
     a, b = torch.randn(2, 6, dtype=dtype), torch.randn(4, 2, dtype=dtype)
@@ -167,7 +174,7 @@ def test_nothing_is_saved_but_references_and_what_is_rank_wide(mask_kept):
     assert [(tuple(t.shape), t.dtype) for t in new] == [((15, 2), torch.float32), *kept]
 
 
-def test_the_gradient_of_an_input_that_needs_none_is_not_computed():
+def test_the_gradient_of_an_input_that_needs_none_is_not_computed(merging):
     from torch.utils._python_dispatch import TorchDispatchMode
 
     class Counting(TorchDispatchMode):
@@ -184,4 +191,13 @@ def test_the_gradient_of_an_input_that_needs_none_is_not_computed():
         with Counting() as counting:
             y.sum().backward()
         counts.append(counting.calls)
-    assert counts == [5, 3]
+    assert counts == ([6, 4] if merging else [5, 3])
+
+
+@pytest.mark.parametrize(("rows", "merged"), [(4, False), (40, True)])
+def test_shapes_and_precision_choose_where_the_update_is_added(rows, merged, monkeypatch):
+    monkeypatch.undo()
+    for dtype in (torch.float32, torch.float64):
+        assert low_rank._merges(dtype, rows, 20) is merged
+    for dtype in (torch.bfloat16, torch.float16):
+        assert not low_rank._merges(dtype, rows, 20)
