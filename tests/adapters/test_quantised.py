@@ -1,4 +1,4 @@
-"""LoRA on a base of int8 weights: it acts, trains, is copied and stored; what needs the weights is refused."""
+"""LoRA on a base of int8 or int4 weights: it acts, trains, is copied and stored; what needs the weights is refused."""
 
 import copy
 
@@ -13,14 +13,28 @@ from lightning_peft.adapters.quantised import is_quantised
 from lightning_peft.adapters.vera import VeRA
 
 quantization = pytest.importorskip("torchao.quantization")
+granularity = pytest.importorskip("torchao.quantization.granularity")
 
 METHODS = [LoRA(rank=2), VeRA(rank=3), IA3(targets=["0", "2"], feedforward=["2"])]
 every_method = pytest.mark.parametrize("method", METHODS, ids=lambda method: type(method).__name__)
 
 
+BITS = {
+    "int8": quantization.Int8WeightOnlyConfig,
+    "int4": lambda: quantization.IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=granularity.PerGroup(32)),
+}
+CHOSEN = {"config": BITS["int8"]}
+
+
+@pytest.fixture(autouse=True, params=BITS)
+def bits(request, monkeypatch):
+    """Every test with every width of the weights."""
+    monkeypatch.setitem(CHOSEN, "config", BITS[request.param])
+
+
 def network() -> nn.Sequential:
     net = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 32))
-    quantization.quantize_(net, quantization.Int8WeightOnlyConfig())
+    quantization.quantize_(net, CHOSEN["config"]())
     return net
 
 
@@ -93,7 +107,7 @@ def test_copies_and_checkpoints_carry_it(method):
 
 def test_masters_stay_float32_beside_a_bfloat16_base():
     net = nn.Sequential(nn.Linear(64, 64)).bfloat16()
-    quantization.quantize_(net, quantization.Int8WeightOnlyConfig())
+    quantization.quantize_(net, CHOSEN["config"]())
     add_adapter(net, LoRA(rank=2))
     assert net[0].adapters["default"].lora_A.dtype == torch.float32
     assert net(torch.randn(3, 64).bfloat16()).dtype == torch.bfloat16
