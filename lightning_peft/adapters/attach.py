@@ -8,7 +8,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_peft.adapters.adapter import Adapter
-from lightning_peft.adapters.attachment import Attachment, attachment_of, required_attachment, set_attachment
+from lightning_peft.adapters.attachment import (
+    Attachment,
+    attachment_of,
+    refuse_disabled,
+    required_attachment,
+    set_attachment,
+)
 from lightning_peft.adapters.fingerprint import fingerprint
 from lightning_peft.adapters.layer import AdaptedLayer
 from lightning_peft.adapters.switch import check_known, set_adapter
@@ -56,6 +62,8 @@ def add_adapter(
     if len(attachment.adapters) == 1:
         set_adapter(model, name)
     else:
+        own = attachment.base_parameters(name)
+        attachment.values[name] = {key: attachment.found[key].clone() for key in attachment.found if key in own}
         for key in trained - attachment.flags.keys():
             parameters[key].requires_grad_(False)
     if batches is not None:
@@ -85,6 +93,7 @@ def _check_addable(model: nn.Module, attachment: Attachment | None, adapter: Ada
         )
     if attachment is None:
         return
+    refuse_disabled(attachment, "add_adapter")
     if name in attachment.adapters:
         raise ValueError(
             f"add_adapter: the network already carries an adapter {name!r} ({attachment.adapters[name]!r}). Take it off "
@@ -109,6 +118,7 @@ def remove_adapter(model: nn.Module, name: str | None = None) -> nn.Module:
         ValueError: If the network carries no such adapter.
     """
     attachment = required_attachment(model, "remove_adapter")
+    refuse_disabled(attachment, "remove_adapter")
     if name is not None:
         check_known(attachment, [name], "remove_adapter")
     unmerge_adapter(model)
@@ -143,6 +153,7 @@ def merge_adapter(model: nn.Module, *, unload: bool = False) -> nn.Module:
         ValueError: If the network carries no adapter, or it cannot be expressed in weights of the network.
     """
     attachment = required_attachment(model, "merge_adapter")
+    refuse_disabled(attachment, "merge_adapter")
     for path, module, updates in hosts(model):
         if not isinstance(module, AdaptedLayer) and updates.get_update(updates.active) is not None:
             raise ValueError(
@@ -164,7 +175,7 @@ def unmerge_adapter(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: If the network carries no adapter.
     """
-    required_attachment(model, "unmerge_adapter")
+    refuse_disabled(required_attachment(model, "unmerge_adapter"), "unmerge_adapter")
     for layer in _layers(model):
         layer.unmerge()
     return model
@@ -176,7 +187,9 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
     Raises:
         ValueError: If the network carries no adapter.
     """
-    trained = required_attachment(model, "adapter_state_dict").ever_trained
+    attachment = required_attachment(model, "adapter_state_dict")
+    refuse_disabled(attachment, "adapter_state_dict")
+    trained = attachment.ever_trained
     return {key: value for key, value in model.state_dict().items() if key in trained}
 
 

@@ -29,6 +29,7 @@ class Attachment:
         attributes: Plain attributes that had to change, as (module, attribute, value found).
         found: Values of base parameters before any adapter trained them.
         values: Of every adapter that is not active, its own values of base parameters.
+        disabled: Whether the pretrained network runs for a while, inside ``adapter_disabled``.
     """
 
     base: Fingerprint
@@ -41,6 +42,7 @@ class Attachment:
     attributes: list[tuple[nn.Module, str, Any]] = field(default_factory=list)
     found: dict[str, Tensor] = field(default_factory=dict)
     values: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    disabled: bool = False
 
     def base_parameters(self, name: str) -> set[str]:
         """Return the parameters of the network itself that an adapter trains."""
@@ -66,6 +68,18 @@ def required_attachment(model: nn.Module, owner: str) -> Attachment:
         hint = f"Its module {inside[0]!r} does: pass that one." if inside else "add_adapter puts one on."
         raise ValueError(f"{owner}: this {type(model).__name__} carries no adapter. {hint}")
     return attachment
+
+
+def refuse_disabled(attachment: Attachment, owner: str) -> None:
+    """Refuse a change, or a save, while base values are put away.
+
+    Raises:
+        ValueError: Inside ``adapter_disabled``.
+    """
+    if attachment.disabled:
+        raise ValueError(
+            f"{owner}: not inside adapter_disabled, where the adapter's values are put away. Leave the block."
+        )
 
 
 def moved_flags(model: nn.Module, attachment: Attachment) -> tuple[list[str], list[str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -16,6 +17,7 @@ from lightning_peft.adapters.lora import LoRA
 from lightning_peft.adapters.peft_ia3 import ia3_config, ia3_from_config
 from lightning_peft.adapters.peft_layer_norm import layer_norm_config, layer_norm_from_config
 from lightning_peft.adapters.peft_lora import lora_config, lora_from_config, refuse_moved_base
+from lightning_peft.adapters.peft_matching import CONFIG
 from lightning_peft.adapters.peft_prompts import prefix_config, prefix_from_config, prompt_config, prompt_from_config
 from lightning_peft.adapters.peft_vera import vera_config, vera_from_config
 from lightning_peft.adapters.soft_prompt import SoftPrompt
@@ -63,4 +65,9 @@ def adapter_from_config(config: Mapping[str, Any], model: nn.Module, *, live: bo
         raise ValueError(f"load_adapter: peft_type={kind!r} cannot be read; these can: {', '.join(sorted(READERS))}.")
     if not live:  # in memory the base has gone through it as well
         refuse_moved_base(config)
-    return READERS[kind](config, model)
+    try:
+        return READERS[kind](config, model)
+    except (TypeError, AttributeError, re.error) as error:
+        raise ValueError(
+            f"load_adapter: a field of {CONFIG} is damaged or of a kind that it cannot have: {error}"
+        ) from error

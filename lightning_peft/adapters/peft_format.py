@@ -12,7 +12,13 @@ from torch import Tensor, nn
 
 from lightning_peft.adapters.adapter import Adapter
 from lightning_peft.adapters.attach import add_adapter, remove_adapter
-from lightning_peft.adapters.attachment import attachment_of, check_whole, refresh_base, required_attachment
+from lightning_peft.adapters.attachment import (
+    attachment_of,
+    check_whole,
+    refresh_base,
+    refuse_disabled,
+    required_attachment,
+)
 from lightning_peft.adapters.fingerprint import Fingerprint, fingerprint_differences
 from lightning_peft.adapters.peft_config import WRITERS, adapter_from_config
 from lightning_peft.adapters.peft_folder import read_folder, write_folder
@@ -48,6 +54,7 @@ def save_adapter(module: nn.Module, path: str | Path, *, name: str | None = None
     model = _adapted(module)
     attachment = required_attachment(model, "save_adapter")
     check_whole(model, attachment, "save_adapter")
+    refuse_disabled(attachment, "save_adapter")
     name = name or attachment.active or next(iter(attachment.adapters))
     check_known(attachment, [name], "save_adapter")
     adapter, folder = attachment.adapters[name], Path(path)
@@ -145,7 +152,7 @@ def _take(
     try:
         _check_base(model, name, base, source)
         _fill(model, name, weights, source)
-    except ValueError:
+    except BaseException:
         remove_adapter(model, name)
         raise
 
@@ -221,9 +228,14 @@ def _fill(model: nn.Module, name: str, weights: dict[str, Tensor], source: str) 
         for key, place in places.items()
         if key in weights and tuple(weights[key].shape) != place.shape
     ]
+    wrong += [f"{weights[key].dtype}, no weights: {key}" for key in places if not _is_weights(weights.get(key))]
     if wrong:
         raise ValueError(
             f"load_adapter: {source} does not fit this {type(model).__name__}, in {len(wrong)} keys:\n{_listing(wrong)}"
         )
     for key in places.keys() & weights.keys():
         places[key].write(weights[key])
+
+
+def _is_weights(value: Tensor | None) -> bool:
+    return value is None or value.is_floating_point()

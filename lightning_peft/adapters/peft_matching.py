@@ -11,6 +11,7 @@ from torch import nn
 from lightning_peft.adapters.layer_kinds import kind_of
 from lightning_peft.adapters.lora_targets import LINEAR, adaptable, heads_of
 from lightning_peft.adapters.own_parameters import own_parameters
+from lightning_peft.tied import tied_weights
 
 CONFIG = "adapter_config.json"
 
@@ -32,6 +33,11 @@ def saved_modules(model: nn.Module, globs: Iterable[str]) -> list[str]:
     """
     trained = own_parameters(model, list(globs), owner="save_adapter: train_also")
     modules = list(dict.fromkeys(key.rpartition(".")[0] for key in trained))
+    if tied := sorted(tied_weights(model).keys() & set(modules)):
+        raise ValueError(
+            f"save_adapter: {tied[0]!r} trains and shares its weight, and PEFT would untie it: its file means something else. "
+            "Lightning's checkpoints hold it."
+        )
     for path in modules:
         left = [key for key, _ in model.get_submodule(path).named_parameters(path) if key not in trained]
         if left:

@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import nn
 
-from lightning_peft.adapters.attachment import Attachment, check_whole, required_attachment
+from lightning_peft.adapters.attachment import Attachment, check_whole, refuse_disabled, required_attachment
 from lightning_peft.adapters.layer import AdaptedLayer, is_merged
 from lightning_peft.adapters.updates import Update, hosts
 from lightning_peft.matching import nearest
@@ -35,6 +35,7 @@ def set_adapter(model: nn.Module, name: str | None) -> nn.Module:
     """
     attachment = required_attachment(model, "set_adapter")
     check_whole(model, attachment, "set_adapter")
+    refuse_disabled(attachment, "set_adapter")
     if name is not None:
         check_known(attachment, [name], "set_adapter")
     if is_merged(model):
@@ -107,8 +108,8 @@ def adapter_rows(model: nn.Module, adapter_names: Sequence[str | None]) -> Itera
     if any(map(attachment.base_parameters, acting)):
         raise ValueError("adapter_rows: an adapter trains parameters of the network itself, which all rows share.")
     for path, module, updates in hosts(model):
-        strange = [name for name in named if isinstance(updates.get_update(name), Update) and not updates[name].rows]
-        if strange or (named and getattr(module, "batch_first", True) is False):
+        strange = [name for name in acting if isinstance(updates.get_update(name), Update) and not updates[name].rows]
+        if strange or (acting and getattr(module, "batch_first", True) is False):
             raise ValueError(
                 f"adapter_rows: {path or type(model).__name__!r} cannot have another adapter for each row."
             )
@@ -144,6 +145,7 @@ def adapter_disabled(model: nn.Module) -> Iterator[nn.Module]:
                 stack.enter_context(layer.pristine_values())
         for updates, _ in enabled:
             updates.enabled = False
+        was_disabled, attachment.disabled = attachment.disabled, True
         for key, value in attachment.found.items():
             parameters[key].data = value.to(parameters[key].device, parameters[key].dtype)
         try:
@@ -151,5 +153,6 @@ def adapter_disabled(model: nn.Module) -> Iterator[nn.Module]:
         finally:
             for updates, was in enabled:
                 updates.enabled = was
+            attachment.disabled = was_disabled
             for key, value in mine.items():
                 parameters[key].data = value

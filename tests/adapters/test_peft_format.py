@@ -89,6 +89,9 @@ def edited(folder, **change):
         ({"r": 1}, r"shape \(2, 6\) in the file, \(1, 6\) in the network"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa' moved the weights of the base"),
         ({"trainable_token_indices": [1]}, "trainable_token_indices"),
+        ({"rank_pattern": {"(": 2}}, "a field of adapter_config.json is damaged"),
+        ({"exclude_modules": "*"}, "a field of adapter_config.json is damaged"),
+        ({"lora_alpha": "x"}, "a field of adapter_config.json is damaged"),
     ],
 )
 def test_files_that_do_not_fit_are_refused_whole(change, message, tmp_path):
@@ -249,3 +252,21 @@ def test_a_live_model_with_two_adapters_is_taken_over(tmp_path):
     assert torch.allclose(set_adapter(ours, "first")(x), expected["first"], rtol=0, atol=1e-12)
     with pytest.raises(TypeError, match="Sequential is no peft.PeftModel"):
         from_peft(small())
+
+
+def test_numbers_that_are_no_weights_are_refused(tmp_path):
+    save_adapter(trained(small()), tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    save_file({key: value.int() for key, value in load_file(file).items()}, file)
+    with pytest.raises(ValueError, match=r"torch.int32, no weights: base_model.model.0.lora_A.weight"):
+        load_adapter(small(), tmp_path)
+
+
+def test_a_tied_weight_that_trains_is_not_written_as_one_that_peft_would_untie(tmp_path):
+    from tests.adapters.prompt_nets import network
+
+    base = network("gpt2")
+    assert base.lm_head.weight is base.transformer.wte.weight
+    ours = add_adapter(base, LoRA(rank=2, targets=["*.c_attn"], train_also=["lm_head"]))
+    with pytest.raises(ValueError, match="trains and shares its weight, and PEFT would untie it"):
+        save_adapter(ours, tmp_path)

@@ -11,9 +11,12 @@ from lightning_peft import (
     LoRA,
     adapter_disabled,
     adapter_rows,
+    adapter_state_dict,
     add_adapter,
+    load_adapter,
     merge_adapter,
     remove_adapter,
+    save_adapter,
     set_adapter,
     unmerge_adapter,
 )
@@ -179,3 +182,54 @@ def test_an_embedding_that_was_resized_since_is_noticed():
     model.resize_token_embeddings(60)
     with pytest.raises(ValueError, match=r"had the shape \(50, 16\) when the adapter came and has \(60, 16\) now"):
         set_adapter(model, None)
+
+
+def with_heads(**second):
+    """A network with two adapters, each with a head of its own; the second has never acted."""
+    model = add_adapter(small(), LoRA(rank=2, targets=["0"], train_also=["2"]), name="first")
+    return add_adapter(model, LoRA(rank=2, targets=["0"], train_also=["2"], **second), name="second")
+
+
+def test_a_file_with_a_head_loads_beside_another_adapter_and_one_that_never_acted_saves(tmp_path):
+    base, x = with_heads(), torch.randn(3, 6)
+    plain = set_adapter(copy.deepcopy(base), "second")(x)
+    save_adapter(base, tmp_path / "second", name="second")
+    stir(base)
+    expected = base(x)
+    save_adapter(base, tmp_path / "first")
+    other = remove_adapter(copy.deepcopy(base))
+    add_adapter(other, LoRA(rank=1, targets=["0"]), name="there")
+    for name, output in (("first", expected), ("second", plain)):
+        load_adapter(other, tmp_path / name, name=name)
+        assert torch.equal(set_adapter(other, name)(x), output)
+        set_adapter(other, "there")
+
+
+def test_inside_adapter_disabled_nothing_is_saved_or_changed(tmp_path):
+    model, x = stir(with_heads()), torch.randn(3, 6)
+    expected = model(x)
+    calls = {
+        "save_adapter": lambda: save_adapter(model, tmp_path),
+        "adapter_state_dict": lambda: adapter_state_dict(model),
+        "set_adapter": lambda: set_adapter(model, "second"),
+        "merge_adapter": lambda: merge_adapter(model),
+        "unmerge_adapter": lambda: unmerge_adapter(model),
+        "remove_adapter": lambda: remove_adapter(model),
+        "add_adapter": lambda: add_adapter(model, LoRA(rank=1), name="third"),
+    }
+    for name, call in calls.items():
+        with adapter_disabled(model), adapter_disabled(model), pytest.raises(ValueError, match=f"{name}: not inside"):
+            call()
+    assert torch.equal(model(x), expected)
+    save_adapter(model, tmp_path)
+
+
+def test_rows_are_refused_while_a_prompt_acts():
+    from lightning_peft import KVPrefix
+    from tests.adapters.prompt_nets import network
+
+    model = add_adapter(network("llama"), LoRA(rank=2), name="rows")
+    set_adapter(add_adapter(model, KVPrefix(tokens=2), name="prefix"), "prefix")
+    for names in (["rows", None], [None, None]):
+        with pytest.raises(ValueError, match="cannot have another adapter for each row"), adapter_rows(model, names):
+            pass
