@@ -130,7 +130,11 @@ def remove_adapter(model: nn.Module, name: str | None = None) -> nn.Module:
         set_adapter(model, None)
     for _, module, updates in list(hosts(model)):
         gone: Any = updates._modules.pop(name, None)
-        if gone is not None and not updates and not isinstance(module, AdaptedLayer):
+        if gone is None or updates:
+            continue
+        if isinstance(module, AdaptedLayer):
+            module.become_plain()
+        else:
             gone.detach_from(module)
             delattr(module, ATTRIBUTE)
     for table in (attachment.adapters, attachment.trained, attachment.values):

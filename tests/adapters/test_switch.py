@@ -233,3 +233,12 @@ def test_rows_are_refused_while_a_prompt_acts():
     for names in (["rows", None], [None, None]):
         with pytest.raises(ValueError, match="cannot have another adapter for each row"), adapter_rows(model, names):
             pass
+
+
+def test_layers_that_no_adapter_is_left_on_are_plain_again():
+    model = add_adapter(small(), LoRA(rank=2, targets=["0"]), name="first")
+    add_adapter(model, LoRA(rank=2), name="second")
+    remove_adapter(model, "second")
+    assert [type(layer) for layer in model][1:] == [nn.ReLU, nn.Linear]
+    assert type(model[0]) is not nn.Linear
+    assert not hasattr(model[2], "adapters")
