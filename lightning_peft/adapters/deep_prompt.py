@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_peft.adapters.image_prompt import image_prompt
-from lightning_peft.adapters.prompt_hosts import PromptHosts, PromptUpdate, layers_of, pretrained_eval
+from lightning_peft.adapters.prompt_hosts import PromptHosts, PromptUpdate, layers_of
 from lightning_peft.adapters.prompt_insertion import Start, replace
 from lightning_peft.adapters.soft_prompt import NOTE, SoftPrompt
+from lightning_peft.adapters.switch import pretrained_eval
 from lightning_peft.adapters.updates import master_dtype, place
 
 

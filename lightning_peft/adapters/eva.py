@@ -5,8 +5,7 @@ Paischer et al. 2024, "Parameter Efficient Fine-tuning via Explained Variance Ad
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 from glob import escape
@@ -17,8 +16,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from lightning_peft.adapters.lora_update import LoRAUpdate
-from lightning_peft.adapters.switch import adapter_disabled
-from lightning_peft.adapters.updates import hosts
+from lightning_peft.adapters.switch import pretrained_eval
+from lightning_peft.adapters.updates import updates_named
 
 if TYPE_CHECKING:
     from lightning_peft.adapters.lora import LoRA
@@ -53,7 +52,7 @@ def eva_start(model: nn.Module, name: str, lora: LoRA, batches: Iterable[Any], *
     >>> sum(eva_start(net, "default", LoRA(rank=2, init="eva"), [torch.randn(9, 4)]).rank_pattern.values())
     4
     """
-    updates = {path: found for path, _, held in hosts(model) if isinstance(found := held.get_update(name), LoRAUpdate)}
+    updates = {path: update for path, update in updates_named(model, name).items() if isinstance(update, LoRAUpdate)}
     moments = input_moments(model, list(updates), batches)
     directions: dict[str, tuple[Tensor, Tensor]] = {}
     done: dict[int, tuple[Tensor, Tensor]] = {}
@@ -172,7 +171,7 @@ def input_moments(model: nn.Module, layers: list[str], batches: Iterable[Any]) -
         for path in layers
     ]
     try:
-        with torch.no_grad(), _evaluating(model), adapter_disabled(model):
+        with pretrained_eval(model):
             for batch in tqdm(batches, desc="EVA", unit="batch"):
                 arguments, keywords = call_arguments(batch, device)
                 moments.mask = keywords.get("attention_mask")
@@ -211,14 +210,3 @@ def _moved(value: Any, device: torch.device) -> Any:
 
 def _see(moments: InputMoments, path: str, _: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
     moments.see(path, arguments[0] if arguments else next(iter(keywords.values())))
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training

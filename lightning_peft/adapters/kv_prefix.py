@@ -22,11 +22,11 @@ from lightning_peft.adapters.prompt_hosts import (
     attention_of,
     check_prompt,
     check_text,
-    pretrained_eval,
     prompt_hosts,
     text_to_length,
 )
-from lightning_peft.adapters.prompt_positions import counted_positions, past_length
+from lightning_peft.adapters.prompt_positions import bound_call, check_length, counted_positions, past_length
+from lightning_peft.adapters.switch import pretrained_eval
 from lightning_peft.adapters.updates import master_dtype, place
 
 SPREAD = 0.02
@@ -238,7 +238,7 @@ class PrefixPositions(PromptUpdate):
 
     @override
     def before(self, host: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        call = {**dict(zip(self.inputs, args, strict=False)), **kwargs}
+        call = bound_call(self.inputs, args, kwargs)
         entries = call.get("input_ids") if call.get("inputs_embeds") is None else call["inputs_embeds"]
         if entries is None:
             return None  # the network itself says what is wrong
@@ -246,11 +246,7 @@ class PrefixPositions(PromptUpdate):
         if positions is None and mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
             raise ValueError("KVPrefix: give position_ids along with a mask that is not of the shape (batch, tokens).")
         length = past_length(call) + entries.shape[1] + self.tokens
-        if self.max_length is not None and length > self.max_length:
-            raise ValueError(
-                f"KVPrefix: input and prefix of {self.tokens} tokens have {length} positions together, and the network has "
-                f"learned {self.max_length}. Shorten the input to {self.max_length - self.tokens} tokens."
-            )
+        check_length(length, self.tokens, self.max_length, owner="KVPrefix", kind="prefix")
         positions = counted_positions(call, padding=self.padding) if positions is None else positions
         return (), {**call, "position_ids": positions + self.tokens}
 

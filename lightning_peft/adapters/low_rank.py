@@ -135,10 +135,8 @@ class _LowRankLinear(torch.autograd.Function):
         elif dropout:
             # From the CPU's generator: checkpointed regions restore it, and no device has to be waited for.
             seed = int(torch.empty((), dtype=torch.int64).random_().item())
-        narrow, scale = (
-            gemm_dtype(x.device, dtype),
-            scale / (1 - dropout),
-        )  # what of the mask is the same for all entries
+        scale = scale / (1 - dropout)  # the part of the mask that is the same for all entries
+        narrow = gemm_dtype(x.device, dtype)
         wide, offset = _cast(weight, dtype), None if bias is None else _cast(bias, dtype)
         a, b, low = _cast(down, narrow), _cast(up, narrow), None
         if not dropout and _merges(dtype, *x.shape):

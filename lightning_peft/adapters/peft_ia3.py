@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -12,13 +11,13 @@ from torch import nn
 from lightning_peft.adapters.attachment import Attachment
 from lightning_peft.adapters.ia3 import IA3
 from lightning_peft.adapters.ia3_update import IA3Update
-from lightning_peft.adapters.peft_matching import CONFIG, exactly, heads_and_targets, saved_modules
-from lightning_peft.adapters.updates import hosts
+from lightning_peft.adapters.peft_matching import as_globs, exactly, heads_and_targets, refuse_missing, saved_modules
+from lightning_peft.adapters.updates import updates_named
 
 
 def ia3_config(model: nn.Module, attachment: Attachment, name: str) -> dict[str, Any]:
     """Return the fields of PEFT's ``IA3Config`` for one IA3 of a network."""
-    found = {path: update for path, _, updates in hosts(model) if (update := updates.get_update(name)) is not None}
+    found = updates_named(model, name)
     feedforward = [path for path, update in found.items() if isinstance(update, IA3Update) and update.scales_input]
     return {
         "peft_type": "IA3",
@@ -41,16 +40,13 @@ def ia3_from_config(config: Mapping[str, Any], model: nn.Module) -> IA3:
     Raises:
         ValueError: If a field is missing that would have to be guessed.
     """
-    feedforward = config.get("feedforward_modules")
-    if feedforward is None:
-        raise ValueError(
-            f"load_adapter: {CONFIG} lacks ['feedforward_modules']; PEFT would guess them, and a wrong guess is silent."
-        )
+    refuse_missing(config, "feedforward_modules")
+    feedforward = config["feedforward_modules"]
     heads, names = heads_and_targets(config, model)
     return IA3(
-        targets=[glob.escape(name) for name in names],
-        feedforward=[glob.escape(name) for name in names if _is_feedforward(feedforward, name)],
-        train_also=[glob.escape(name) for name in heads],
+        targets=as_globs(names),
+        feedforward=as_globs(name for name in names if _is_feedforward(feedforward, name)),
+        train_also=as_globs(heads),
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,7 +9,14 @@ from torch import nn
 
 from lightning_peft.adapters.attachment import Attachment
 from lightning_peft.adapters.layer_norm_tuning import LayerNormTuning, is_norm
-from lightning_peft.adapters.peft_matching import CONFIG, exactly, matches, matching_modules, saved_modules
+from lightning_peft.adapters.peft_matching import (
+    as_globs,
+    exactly,
+    matches,
+    matching_modules,
+    refuse_missing,
+    saved_modules,
+)
 
 
 def layer_norm_config(model: nn.Module, attachment: Attachment, name: str) -> dict[str, Any]:
@@ -31,11 +37,8 @@ def layer_norm_from_config(config: Mapping[str, Any], model: nn.Module) -> Layer
     Raises:
         ValueError: If the targets are not given, none of them is there, or one is another kind of layer.
     """
-    targets, exclude = config.get("target_modules"), config.get("exclude_modules") or []
-    if targets is None:
-        raise ValueError(
-            f"load_adapter: {CONFIG} lacks ['target_modules']; PEFT would guess them, and a wrong guess is silent."
-        )
+    refuse_missing(config, "target_modules")
+    targets, exclude = config["target_modules"], config.get("exclude_modules") or []
     modules = {path: module for path, module in model.named_modules() if matches(targets, path)}
     names = [path for path in modules if not matches(exclude, path)]
     if not names:
@@ -43,6 +46,4 @@ def layer_norm_from_config(config: Mapping[str, Any], model: nn.Module) -> Layer
     if others := [path for path in names if not is_norm(modules[path])]:
         raise ValueError(f"load_adapter: {others[0]!r} is tuned as a normalisation layer and is none.")
     heads = matching_modules(model, config.get("modules_to_save"))
-    return LayerNormTuning(
-        targets=[glob.escape(name) for name in names], train_also=[glob.escape(name) for name in heads]
-    )
+    return LayerNormTuning(targets=as_globs(names), train_also=as_globs(heads))

@@ -14,8 +14,15 @@ from torch import nn
 from lightning_peft.adapters.attachment import Attachment
 from lightning_peft.adapters.lora import LoRA
 from lightning_peft.adapters.lora_update import LoRAUpdate, ParametersLoRA
-from lightning_peft.adapters.peft_matching import CONFIG, exactly, heads_and_targets, saved_modules
-from lightning_peft.adapters.updates import hosts
+from lightning_peft.adapters.peft_matching import (
+    CONFIG,
+    as_globs,
+    exactly,
+    heads_and_targets,
+    refuse_missing,
+    saved_modules,
+)
+from lightning_peft.adapters.updates import updates_named
 
 # Fields of PEFT's that change what a LoRA computes, with the only values that we compute.
 _REFUSED: dict[str, Any] = dict.fromkeys(
@@ -41,7 +48,7 @@ def lora_config(model: nn.Module, attachment: Attachment, name: str) -> dict[str
     """Return the fields of PEFT's ``LoraConfig`` for one LoRA of a network."""
     lora = attachment.adapters[name]
     assert isinstance(lora, LoRA)
-    found = {path: u for path, _, updates in hosts(model) if (u := updates.get_update(name)) is not None}
+    found = updates_named(model, name)
     ranks: dict[str, int] = {}
     alphas: dict[str, float] = {}
     parameters: list[str] = []
@@ -93,8 +100,7 @@ def lora_from_config(config: Mapping[str, Any], model: nn.Module) -> LoRA:
     Raises:
         ValueError: If a field is missing that would have to be guessed, or asks for what cannot be computed.
     """
-    if missing := [key for key in ("r", "lora_alpha") if config.get(key) is None]:
-        raise ValueError(f"load_adapter: {CONFIG} lacks {missing}; PEFT would guess them, and a wrong guess is silent.")
+    refuse_missing(config, "r", "lora_alpha")
     # An empty dict or list, false and null mean the same in these fields.
     if strange := {key: config[key] for key in _REFUSED if config.get(key)}:
         raise ValueError(f"load_adapter: {CONFIG} asks for {strange}, which cannot be computed yet.")
@@ -102,13 +108,13 @@ def lora_from_config(config: Mapping[str, Any], model: nn.Module) -> LoRA:
     return LoRA(
         rank=config["r"],
         alpha=config["lora_alpha"],
-        targets=[glob.escape(name) for name in names],
+        targets=as_globs(names),
         dropout=config.get("lora_dropout") or 0.0,
         rank_pattern=_resolved(config.get("rank_pattern"), names),
         alpha_pattern=_resolved(config.get("alpha_pattern"), names),
         scaling="rslora" if config.get("use_rslora") else "lora",
         dora=bool(config.get("use_dora")),
-        train_also=[glob.escape(name) for name in heads],
+        train_also=as_globs(heads),
         bias=config.get("bias") or "none",
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -23,6 +24,25 @@ def exactly(names: Iterable[str]) -> str | list[str]:
     'layer\\.0|layer\\.1'
     """
     return "|".join(re.escape(name) for name in names) or []
+
+
+def as_globs(names: Iterable[str]) -> list[str]:
+    """Return globs that match these names and no others.
+
+    >>> as_globs(["layers.0", "odd[1]"])
+    ['layers.0', 'odd[[]1]']
+    """
+    return [glob.escape(name) for name in names]
+
+
+def refuse_missing(config: Mapping[str, Any], *keys: str) -> None:
+    """Refuse a configuration without these fields.
+
+    Raises:
+        ValueError: With those that it lacks.
+    """
+    if missing := [key for key in keys if config.get(key) is None]:
+        raise ValueError(f"load_adapter: {CONFIG} lacks {missing}; PEFT would guess them, and a wrong guess is silent.")
 
 
 def saved_modules(model: nn.Module, globs: Iterable[str]) -> list[str]:
@@ -75,10 +95,8 @@ def target_names(config: Mapping[str, Any], model: nn.Module) -> list[str]:
     known = adaptable(model)
     layers = [name for name, target in known.items() if target.host == name]
     targets, exclude = config.get("target_modules"), config.get("exclude_modules")
-    if targets is None and not config.get("target_parameters"):
-        raise ValueError(
-            f"load_adapter: {CONFIG} lacks ['target_modules']; PEFT would guess them, and a wrong guess is silent."
-        )
+    if not config.get("target_parameters"):
+        refuse_missing(config, "target_modules")
     if targets == "all-linear":
         bypassed = heads_of(model)
         names = [name for name in layers if kind_of(known[name].module) in LINEAR and name not in bypassed]

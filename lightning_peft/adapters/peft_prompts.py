@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,10 +12,10 @@ from torch import Tensor, nn
 
 from lightning_peft.adapters.attachment import Attachment
 from lightning_peft.adapters.kv_prefix import KVPrefix, PrefixUpdate
-from lightning_peft.adapters.peft_matching import CONFIG, matching_modules, saved_modules
+from lightning_peft.adapters.peft_matching import as_globs, matching_modules, refuse_missing, saved_modules
 from lightning_peft.adapters.prompt_hosts import attention_of, prompt_hosts
 from lightning_peft.adapters.soft_prompt import SoftPrompt
-from lightning_peft.adapters.updates import hosts
+from lightning_peft.adapters.updates import updates_named
 
 # PEFT has a class for every task, and for prompts it needs to know which. A class of a task with a head of its own also wants
 # that head in the file; the plain one computes the same without.
@@ -102,26 +101,24 @@ def prefix_from_config(config: Mapping[str, Any], model: nn.Module) -> KVPrefix:
 
 
 def _count(config: Mapping[str, Any]) -> int:
-    if (count := config.get("num_virtual_tokens")) is None:
-        raise ValueError(f"load_adapter: {CONFIG} lacks ['num_virtual_tokens'].")
+    refuse_missing(config, "num_virtual_tokens")
     if (config.get("num_transformer_submodules") or 1) != 1:
         raise ValueError("load_adapter: prompts for an encoder and its decoder cannot be read.")
-    return int(count)
+    return int(config["num_virtual_tokens"])
 
 
 def _heads(config: Mapping[str, Any], model: nn.Module) -> list[str]:
-    return [glob.escape(path) for path in matching_modules(model, config.get("modules_to_save"))]
+    return as_globs(matching_modules(model, config.get("modules_to_save")))
 
 
 def _refuse_differences(model: nn.Module, *, owner: str, first: bool) -> None:
-    base = prompt_hosts(model, owner=owner).base
-    kind = type(model).__name__
+    found, kind = prompt_hosts(model, owner=owner), type(model).__name__
     if first:
         raise ValueError(f"{owner}: PEFT puts a prompt before the first token, and this one stands behind it.")
-    if "input_ids" not in prompt_hosts(model, owner=owner).inputs:
+    if "input_ids" not in found.inputs:
         raise ValueError(f"{owner}: PEFT has no prompts for networks that read images, as {kind} does.")
     reads_last = hasattr(model, "score")
-    if kind.endswith("ForSequenceClassification") and getattr(base, "pooler", None) is None and not reads_last:
+    if kind.endswith("ForSequenceClassification") and getattr(found.base, "pooler", None) is None and not reads_last:
         raise ValueError(
             f"{owner}: the head of {kind} reads the first entry, which is a virtual token in PEFT and the first real one "
             "here: one prompt means two things. Train it in the library that uses it."
@@ -130,8 +127,7 @@ def _refuse_differences(model: nn.Module, *, owner: str, first: bool) -> None:
 
 def prefix_updates(model: nn.Module, name: str) -> list[PrefixUpdate]:
     """Return the prefix of every attention module, from the input on."""
-    found = [updates.get_update(name) for _, _, updates in hosts(model)]
-    return [update for update in found if isinstance(update, PrefixUpdate)]
+    return [update for update in updates_named(model, name).values() if isinstance(update, PrefixUpdate)]
 
 
 def _rotation(model: nn.Module, tokens: int) -> tuple[Any, Tensor, Tensor]:

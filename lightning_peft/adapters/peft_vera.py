@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-import glob
 from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 
 from lightning_peft.adapters.attachment import Attachment
-from lightning_peft.adapters.peft_matching import CONFIG, exactly, heads_and_targets, saved_modules
-from lightning_peft.adapters.updates import hosts
+from lightning_peft.adapters.peft_matching import (
+    CONFIG,
+    as_globs,
+    exactly,
+    heads_and_targets,
+    refuse_missing,
+    saved_modules,
+)
+from lightning_peft.adapters.updates import updates_named
 from lightning_peft.adapters.vera import VeRA
 
 
@@ -21,7 +27,7 @@ def vera_config(model: nn.Module, attachment: Attachment, name: str) -> dict[str
     return {
         "peft_type": "VERA",
         "r": vera.rank,
-        "target_modules": exactly(path for path, _, updates in hosts(model) if updates.get_update(name) is not None),
+        "target_modules": exactly(updates_named(model, name)),
         "projection_prng_key": vera.seed,
         "save_projection": True,
         "vera_dropout": vera.dropout,
@@ -45,16 +51,15 @@ def vera_from_config(config: Mapping[str, Any], model: nn.Module) -> VeRA:
     Raises:
         ValueError: If a field is missing that would have to be guessed, or asks for what cannot be computed.
     """
-    if missing := [key for key in ("r", "projection_prng_key") if config.get(key) is None]:
-        raise ValueError(f"load_adapter: {CONFIG} lacks {missing}; PEFT would guess them, and a wrong guess is silent.")
+    refuse_missing(config, "r", "projection_prng_key")
     if (bias := config.get("bias") or "none") != "none":
         raise ValueError(f"load_adapter: {CONFIG} asks for bias={bias!r} beside VeRA, which cannot be computed yet.")
     heads, names = heads_and_targets(config, model)
     return VeRA(
         rank=config["r"],
-        targets=[glob.escape(name) for name in names],
+        targets=as_globs(names),
         seed=config["projection_prng_key"],
         d_initial=config.get("d_initial") or 0.1,
         dropout=config.get("vera_dropout") or 0.0,
-        train_also=[glob.escape(name) for name in heads],
+        train_also=as_globs(heads),
     )

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.adapters.attachment import attachment_of
-from lightning_peft.adapters.switch import adapter_disabled
 from lightning_peft.adapters.updates import Update, updates_of
 
 HANDLES = "lightning_peft_hooks"
@@ -239,17 +235,3 @@ def check_text(owner: str, text_ids: tuple[int, ...], words: nn.Embedding | None
         raise ValueError(f"{owner}: init='text' needs a network that reads text.")
     if words is not None and (strange := [token for token in text_ids if not 0 <= token < words.num_embeddings]):
         raise ValueError(f"{owner}: text_ids hold {strange[0]}, and the vocabulary has {words.num_embeddings} tokens.")
-
-
-@contextmanager
-def pretrained_eval(model: nn.Module) -> Iterator[None]:
-    """Run the network for a while as it was pretrained: no adapter, no dropout, no gradient."""
-    training = [module for module in model.modules() if module.training]
-    with torch.no_grad(), adapter_disabled(model) if attachment_of(model) is not None else nullcontext():
-        for module in training:
-            module.training = False
-        try:
-            yield
-        finally:
-            for module in training:
-                module.training = True

@@ -2,11 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+
+def bound_call(inputs: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a call by their names."""
+    return {**dict(zip(inputs, args, strict=False)), **kwargs}
+
+
+def check_length(length: int, tokens: int, max_length: int | None, *, owner: str, kind: str) -> None:
+    """Check that a network has learned as many positions as an input needs with its prompt.
+
+    Raises:
+        ValueError: If it has not.
+    """
+    if max_length is not None and length > max_length:
+        raise ValueError(
+            f"{owner}: input and {kind} of {tokens} tokens have {length} together, and the network has learned "
+            f"{max_length} positions. Shorten the input to {max_length - tokens} tokens."
+        )
 
 
 def past_length(call: Mapping[str, Any]) -> int:

@@ -21,12 +21,12 @@ from lightning_peft.adapters.prompt_hosts import (
     PromptUpdate,
     check_prompt,
     check_text,
-    pretrained_eval,
     prompt_hosts,
     text_to_length,
 )
 from lightning_peft.adapters.prompt_insertion import Start, insert, prompt_start, shift_positions, strip_output
-from lightning_peft.adapters.prompt_positions import counted_positions, past_length
+from lightning_peft.adapters.prompt_positions import bound_call, check_length, counted_positions, past_length
+from lightning_peft.adapters.switch import pretrained_eval
 from lightning_peft.adapters.updates import master_dtype, place
 
 NOTE = "prompt_start"
@@ -171,7 +171,7 @@ class TextPrompt(PromptUpdate):
 
     @override
     def before(self, host: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return (), self.extend(host, {**dict(zip(self.inputs, args, strict=False)), **kwargs})
+        return (), self.extend(host, bound_call(self.inputs, args, kwargs))
 
     def extend(self, base: Any, call: Mapping[str, Any]) -> dict[str, Any]:
         """Return the arguments of a call with the prompt in them; after the first step of decoding it is in the cache.
@@ -189,7 +189,8 @@ class TextPrompt(PromptUpdate):
         assert entries is not None
         shape, count = (entries.shape[0], entries.shape[1]), len(self.prompt)
         past, start = past_length(call), prompt_start(mask, after_first=self.after_first)
-        self._check_length(past + shape[1] + (0 if past else count))
+        length = past + shape[1] + (0 if past else count)
+        check_length(length, count, self.max_length, owner=self.owner, kind="prompt")
         if "position_ids" in self.inputs:
             given["position_ids"] = self._positions(call, past, start)
         if mask is not None:
@@ -230,13 +231,6 @@ class TextPrompt(PromptUpdate):
         if positions is not None and positions.ndim != 2:
             raise ValueError(
                 f"{self.owner}: position_ids must have the shape (batch, tokens), not {tuple(positions.shape)}."
-            )
-
-    def _check_length(self, length: int) -> None:
-        if self.max_length is not None and length > self.max_length:
-            raise ValueError(
-                f"{self.owner}: input and prompt of {len(self.prompt)} tokens have {length} together, and the network has learned "
-                f"{self.max_length} positions. Shorten the input to {self.max_length - len(self.prompt)} tokens."
             )
 
     @override

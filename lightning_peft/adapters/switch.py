@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 
 import torch
 from torch import nn
 
-from lightning_peft.adapters.attachment import Attachment, check_whole, refuse_disabled, required_attachment
+from lightning_peft.adapters.attachment import (
+    Attachment,
+    attachment_of,
+    check_whole,
+    refuse_disabled,
+    required_attachment,
+)
 from lightning_peft.adapters.layer import AdaptedLayer, is_merged
 from lightning_peft.adapters.updates import Update, hosts
 from lightning_peft.matching import nearest
@@ -156,3 +162,23 @@ def adapter_disabled(model: nn.Module) -> Iterator[nn.Module]:
             attachment.disabled = was_disabled
             for key, value in mine.items():
                 parameters[key].data = value
+
+
+@contextmanager
+def pretrained_eval(model: nn.Module) -> Iterator[None]:
+    """Run the network for a while as it was pretrained: no adapter, no dropout, no gradient.
+
+    >>> net = nn.Dropout()
+    >>> with pretrained_eval(net):
+    ...     net.training
+    False
+    """
+    training = [module for module in model.modules() if module.training]
+    with torch.no_grad(), adapter_disabled(model) if attachment_of(model) is not None else nullcontext():
+        for module in training:
+            module.training = False
+        try:
+            yield
+        finally:
+            for module in training:
+                module.training = True

@@ -92,6 +92,16 @@ def hosts(model: nn.Module) -> Iterator[tuple[str, nn.Module, Updates]]:
             yield name, module, updates
 
 
+def updates_named(model: nn.Module, name: str) -> dict[str, Update]:
+    """Return what one adapter adds inside ``model``, by the dotted name of the module that it is added to.
+
+    >>> from lightning_peft import LoRA, add_adapter
+    >>> list(updates_named(add_adapter(nn.Sequential(nn.Linear(4, 4)), LoRA(rank=2)), "default"))
+    ['0']
+    """
+    return {path: update for path, _, held in hosts(model) if (update := held.get_update(name)) is not None}
+
+
 def place(module: nn.Module, name: str, update: Update) -> str:
     """Give ``module`` an update and return the key prefix of its parameters, relative to the module."""
     updates = updates_of(module)

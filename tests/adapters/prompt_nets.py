@@ -139,6 +139,14 @@ def gradients(model: nn.Module, **given: Any) -> dict[str, torch.Tensor | None]:
     return {name: parameter.grad for name, parameter in trains(model).items()}
 
 
+def refuses(model: nn.Module, kind: type[Adapter], options: dict[str, Any], message: str) -> None:
+    """Assert that there is no such adapter, or the network cannot have it, and that the network is left as it was."""
+    keys, hooked = list(model.state_dict()), hooks(model)
+    with pytest.raises(ValueError, match=message):
+        add_adapter(model, kind(**options))
+    assert (list(model.state_dict()), hooks(model)) == (keys, hooked)
+
+
 class PromptLaws:
     """What holds for every kind of prompt; a subclass says which one."""
 

@@ -9,6 +9,7 @@ from torch import nn
 from lightning_peft import add_adapter, merge_adapter
 from lightning_peft.adapters import adapter_rows
 from lightning_peft.adapters.ia3 import IA3
+from tests.adapters.zoo import three_steps
 
 
 def double(*shape) -> torch.Tensor:
@@ -123,11 +124,7 @@ def test_one_training_step_equals_peft_s():
     )
     x, y = double(7, 6), double(7, 4)
     for model in (ours, theirs):
-        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)
-        for _ in range(3):
-            optimizer.zero_grad()
-            nn.functional.mse_loss(model(x), y).backward()
-            optimizer.step()
+        three_steps(model, x, y)
     assert torch.allclose(ours(x), theirs(x), rtol=0, atol=1e-12)
     assert not torch.allclose(ours(x), Net()(x), atol=1e-2)
     merge_adapter(ours)

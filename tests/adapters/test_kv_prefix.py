@@ -22,9 +22,9 @@ from tests.adapters.prompt_nets import (
     close,
     far,
     gradients,
-    hooks,
     network,
     padded,
+    refuses,
     trains,
     without_dropout,
 )
@@ -307,11 +307,7 @@ def other_network(kind: str) -> nn.Module:
     ],
 )
 def test_what_does_not_fit_is_named_and_nothing_is_changed(kind, options, message):
-    model = other_network(kind)
-    keys, hooked = list(model.state_dict()), hooks(model)
-    with pytest.raises(ValueError, match=message):
-        add_adapter(model, KVPrefix(**options))
-    assert (list(model.state_dict()), hooks(model)) == (keys, hooked)
+    refuses(other_network(kind), KVPrefix, options, message)
 
 
 def test_another_attention_chosen_later_is_refused_when_it_runs():

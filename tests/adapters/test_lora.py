@@ -11,6 +11,7 @@ from torch import nn
 
 from lightning_peft import LoRA, add_adapter
 from lightning_peft.adapters.layer import AdaptedLayer
+from tests.adapters.zoo import three_steps
 
 
 def small() -> nn.Sequential:
@@ -242,10 +243,6 @@ def test_one_training_step_equals_peft_s():
     ours.load_state_dict(state, strict=False)
     x, y = torch.randn(7, 6, dtype=torch.float64), torch.randn(7, 4, dtype=torch.float64)
     for model in (ours, theirs):
-        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)
-        for _ in range(3):
-            optimizer.zero_grad()
-            nn.functional.mse_loss(model(x), y).backward()
-            optimizer.step()
+        three_steps(model, x, y)
     assert torch.allclose(ours(x), theirs(x), rtol=0, atol=1e-12)
     assert not torch.allclose(ours(x), base(x), atol=1e-2)

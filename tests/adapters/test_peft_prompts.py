@@ -220,7 +220,7 @@ def test_a_text_and_the_input_behind_it_are_what_an_offset_prefix_computes():
         (
             "gpt2",
             {"input_ids": torch.ones(1, 28, dtype=torch.long)},
-            r"have 31 positions together.*learned 30.*to 27 tokens",
+            r"have 31 together.*learned 30 positions.*to 27 tokens",
         ),
         (
             "llama",

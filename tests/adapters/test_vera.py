@@ -10,6 +10,7 @@ from torch import nn
 from lightning_peft import add_adapter, merge_adapter, remove_adapter
 from lightning_peft.adapters.vera import VeRA
 from lightning_peft.adapters.vera_update import Projections
+from tests.adapters.zoo import three_steps
 
 
 def small() -> nn.Sequential:
@@ -64,11 +65,7 @@ def test_training_equals_peft_s():
         for name, parameter in model.named_parameters():
             if "vera_lambda_d" in name:
                 nn.init.constant_(parameter, 0.5)
-        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)
-        for _ in range(3):
-            optimizer.zero_grad()
-            nn.functional.mse_loss(model(x), y).backward()
-            optimizer.step()
+        three_steps(model, x, y)
     assert torch.allclose(ours(x), theirs(x), rtol=0, atol=1e-12)
     assert not torch.allclose(ours(x), base(x), atol=1e-2)
 
