@@ -48,6 +48,8 @@ from lightning_peft import LoRA, add_adapter
 from lightning_peft.files import write_text
 
 RANK, ALPHA, PROMPT = 16, 32, 20
+BUILDS = 3
+"""Times of a case are of networks built so many times: where in memory a network lies moves its overhead by several percent."""
 LORA: dict[str, dict[str, Any]] = {"LoRA": {}, "LoRA, dropout 0.1": {"dropout": 0.1}, "DoRA": {"dora": True}}
 PROMPTS = {"prefix": "KVPrefix", "prompt": "SoftPrompt"}
 BASES = {
@@ -269,17 +271,20 @@ def time_steps(
 
 def time_case(shape: Shape, dtype: torch.dtype, method: str, rounds: int, device: str) -> Row:
     """Return the times of one case: medians, spread of the ratio to PEFT, overhead, and why an arm is missing."""
-    torch.manual_seed(0)
-    networks = arms_of(shape.build().to(device, dtype), method, "all-linear", shape.task)
-    steps, missing = {}, {}
-    for arm, network in networks.items():
-        try:
-            steps[arm] = first_step(network, shape, dtype, device)
-        except CANNOT as error:
-            missing[arm] = network if isinstance(network, str) else f"{type(error).__name__}: {error}"
-    times = take_turns(steps, rounds, device, warm_up=3)
+    times: dict[str, list[float]] = {}
+    for _ in range(BUILDS):
+        torch.manual_seed(0)
+        networks = arms_of(shape.build().to(device, dtype), method, "all-linear", shape.task)
+        steps, missing = {}, {}
+        for arm, network in networks.items():
+            try:
+                steps[arm] = first_step(network, shape, dtype, device)
+            except CANNOT as error:
+                missing[arm] = network if isinstance(network, str) else f"{type(error).__name__}: {error}"
+        for arm, taken in take_turns(steps, rounds, device, warm_up=3).items():
+            times.setdefault(arm, []).extend(taken)
     row = {
-        "rounds": rounds,
+        "rounds": BUILDS * rounds,
         "milliseconds": {arm: 1e3 * statistics.median(found) for arm, found in times.items()},
         "missing": missing,
         **compare(times),
@@ -430,7 +435,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parts = ("bytes", "saved", "host", "step", "tried")
     parser.add_argument("--part", choices=(*parts, "all"), default="all", help="what to measure (default: all)")
-    parser.add_argument("--rounds", type=int, default=31, help="rounds of every timed step (default: 31)")
+    parser.add_argument("--rounds", type=int, default=31, help="rounds of every timed step, for each of three builds (default: 31)")
     parser.add_argument("--calls", type=int, default=300, help="calls of the small linear (default: 300)")
     parser.add_argument("--threads", type=int, default=1, help="threads of torch (default: 1)")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/adapter_step.json"), help="the JSON file")

@@ -66,7 +66,9 @@ class LoRAUpdate(Update):
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """Return two matrices ``(k, in)`` and ``(out, k)`` whose product is the unscaled update."""
-        a, b = self.lora_A.flatten(1), self.lora_B.flatten(1)
+        a, b = self.lora_A, self.lora_B
+        if a.ndim > 2:  # of a convolution
+            a, b = a.flatten(1), b.flatten(1)
         if self.start_A is None or self.start_B is None:
             return a, b
         return torch.cat([a - self.start_A, self.start_A]), torch.cat([b, b - self.start_B], 1)

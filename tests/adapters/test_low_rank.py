@@ -115,6 +115,10 @@ def test_dropout_follows_the_global_seed_and_changes_from_call_to_call(mask_kept
     assert not torch.equal(first, second)
 
 
+def test_a_dropout_of_almost_one_drops_almost_all():
+    assert _drawn_again(torch.empty(1000, 103), 1 - 1e-6, 11).double().mean() < 1e-3
+
+
 @pytest.mark.parametrize("dropout", [0.01, 0.1, 0.5, 0.9])
 def test_a_mask_keeps_the_share_that_was_asked_for_everywhere_alike(dropout):
     mask = _drawn_again(torch.empty(1000, 103), dropout, 11).double()
@@ -170,7 +174,7 @@ def test_nothing_is_saved_but_references_and_what_is_rank_wide(mask_kept):
         fused(x, w, bias, a, b, None, dropout=0.5)
     given = {t.untyped_storage().data_ptr() for t in (x, w, bias, a, b)}
     new = [t for t in saved if t.untyped_storage().data_ptr() not in given]
-    kept = [((15, 6), torch.bool)] if mask_kept else []
+    kept = [((15, 6), torch.int8)] if mask_kept else []
     assert [(tuple(t.shape), t.dtype) for t in new] == [((15, 2), torch.float32), *kept]
 
 
