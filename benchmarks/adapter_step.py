@@ -435,7 +435,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parts = ("bytes", "saved", "host", "step", "tried")
     parser.add_argument("--part", choices=(*parts, "all"), default="all", help="what to measure (default: all)")
-    parser.add_argument("--rounds", type=int, default=31, help="rounds of every timed step, for each of three builds (default: 31)")
+    parser.add_argument(
+        "--rounds", type=int, default=31, help="rounds of every timed step, for each of three builds (default: 31)"
+    )
     parser.add_argument("--calls", type=int, default=300, help="calls of the small linear (default: 300)")
     parser.add_argument("--threads", type=int, default=1, help="threads of torch (default: 1)")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/adapter_step.json"), help="the JSON file")
