@@ -66,7 +66,8 @@ class LoRAUpdate(Update):
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """Return two matrices ``(k, in)`` and ``(out, k)`` whose product is the unscaled update."""
-        a, b = self.lora_A, self.lora_B
+        a: Tensor = self.lora_A
+        b: Tensor = self.lora_B
         if a.ndim > 2:  # of a convolution
             a, b = a.flatten(1), b.flatten(1)
         if self.start_A is None or self.start_B is None:
