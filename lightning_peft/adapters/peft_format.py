@@ -229,6 +229,7 @@ def _fill(model: nn.Module, name: str, weights: dict[str, Tensor], source: str) 
         if key in weights and tuple(weights[key].shape) != place.shape
     ]
     wrong += [f"{weights[key].dtype}, no weights: {key}" for key in places if not _is_weights(weights.get(key))]
+    wrong += [f"NaN or infinite: {key}" for key in places if key in weights and not weights[key].isfinite().all()]
     if wrong:
         raise ValueError(
             f"load_adapter: {source} does not fit this {type(model).__name__}, in {len(wrong)} keys:\n{_listing(wrong)}"

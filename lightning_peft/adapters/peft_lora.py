@@ -25,7 +25,7 @@ from lightning_peft.adapters.peft_matching import (
 from lightning_peft.adapters.updates import updates_named
 
 # Fields of PEFT's that change what a LoRA computes, with the only values that we compute.
-_REFUSED: dict[str, Any] = dict.fromkeys(
+REFUSED: dict[str, Any] = dict.fromkeys(
     (
         "lora_bias",
         "layer_replication",
@@ -102,7 +102,7 @@ def lora_from_config(config: Mapping[str, Any], model: nn.Module) -> LoRA:
     """
     refuse_missing(config, "r", "lora_alpha")
     # An empty dict or list, false and null mean the same in these fields.
-    if strange := {key: config[key] for key in _REFUSED if config.get(key)}:
+    if strange := {key: config[key] for key in REFUSED if config.get(key)}:
         raise ValueError(f"load_adapter: {CONFIG} asks for {strange}, which cannot be computed yet.")
     heads, names = heads_and_targets(config, model)
     return LoRA(

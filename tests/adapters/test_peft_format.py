@@ -91,6 +91,9 @@ def edited(folder, **change):
         ({"trainable_token_indices": [1]}, "trainable_token_indices"),
         ({"rank_pattern": {"(": 2}}, "a field of adapter_config.json is damaged"),
         ({"exclude_modules": "*"}, "a field of adapter_config.json is damaged"),
+        ({"use_rslroa": True}, r"asks for {'use_rslroa': True}, which this version does not know"),
+        ({"use_rslora": "yes"}, r"has {'use_rslora': 'yes'}, where only true or false can stand"),
+        ({"target_modules": "0|2", "layers_to_transform": [0]}, "Give target_modules as a list"),
         ({"lora_alpha": "x"}, "a field of adapter_config.json is damaged"),
     ],
 )
@@ -259,6 +262,16 @@ def test_numbers_that_are_no_weights_are_refused(tmp_path):
     file = tmp_path / "adapter_model.safetensors"
     save_file({key: value.int() for key, value in load_file(file).items()}, file)
     with pytest.raises(ValueError, match=r"torch.int32, no weights: base_model.model.0.lora_A.weight"):
+        load_adapter(small(), tmp_path)
+
+
+def test_numbers_that_are_not_finite_are_refused(tmp_path):
+    save_adapter(trained(small()), tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    weights = load_file(file)
+    weights["base_model.model.0.lora_A.weight"][0, 0] = float("nan")
+    save_file(weights, file)
+    with pytest.raises(ValueError, match=r"NaN or infinite: base_model.model.0.lora_A.weight"):
         load_adapter(small(), tmp_path)
 
 
