@@ -14,6 +14,7 @@ from lightning_peft.adapters.attachment import (
     refuse_disabled,
     required_attachment,
     set_attachment,
+    take_loaded_base,
 )
 from lightning_peft.adapters.fingerprint import fingerprint
 from lightning_peft.adapters.layer import AdaptedLayer
@@ -28,7 +29,9 @@ def add_adapter(
 
     Every parameter that the adapter does not train is frozen. The layers stay the same objects with the same keys:
     a plain checkpoint of the base still loads, before or after. The first adapter acts at once; a further one waits for
-    :func:`~lightning_peft.set_adapter`.
+    :func:`~lightning_peft.set_adapter`. Where several adapters train one parameter of the network (``train_also``),
+    ``state_dict`` has the acting one's values of it, as of any parameter; a module with an adapter mixin, and ``save_adapter``
+    for each name, keep all of them.
 
     Args:
         model: Any module. Targets of the adapter are globs over its module names.
@@ -50,6 +53,7 @@ def add_adapter(
     if attachment is None:
         flags = {key: parameter.requires_grad for key, parameter in model.named_parameters()}
         attachment = Attachment(fingerprint(model), flags)
+        attachment.watch = model.register_load_state_dict_post_hook(take_loaded_base)
     also = adapter.also(model)
     trained = {*adapter.insert(model, name), *also}
     parameters = dict(model.named_parameters())
@@ -213,6 +217,8 @@ def _unload(model: nn.Module, attachment: Attachment) -> nn.Module:
         parameter.requires_grad_(attachment.flags.get(key, True))
     for module, attribute, value in attachment.attributes:
         setattr(module, attribute, value)
+    if attachment.watch is not None:
+        attachment.watch.remove()
     set_attachment(model, None)
     return model
 

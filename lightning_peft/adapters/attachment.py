@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from lightning_peft.adapters.adapter import Adapter
 from lightning_peft.adapters.fingerprint import Fingerprint, print_tensor
@@ -30,6 +31,7 @@ class Attachment:
         found: Values of base parameters before any adapter trained them.
         values: Of every adapter that is not active, its own values of base parameters.
         disabled: Whether the pretrained network runs for a while, inside ``adapter_disabled``.
+        watch: Handle of the hook that notices that a checkpoint of the base was loaded.
     """
 
     base: Fingerprint
@@ -43,6 +45,7 @@ class Attachment:
     found: dict[str, Tensor] = field(default_factory=dict)
     values: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     disabled: bool = False
+    watch: RemovableHandle | None = None
 
     def base_parameters(self, name: str) -> set[str]:
         """Return the parameters of the network itself that an adapter trains."""
@@ -125,6 +128,27 @@ def refresh_base(backbone: nn.Module, attachment: Attachment) -> None:
             # A print in another precision, or of a shard, would say less than the one there is.
             if taken.digest and taken.dtype == attachment.base[name].dtype:
                 attachment.base[name] = taken
+
+
+def take_loaded_base(model: nn.Module, loaded: Any) -> None:
+    """Where ``load_state_dict`` read a checkpoint of the base alone, keep its values of what an adapter trains as found.
+
+    A hook of ``register_load_state_dict_post_hook``; ``loaded.missing_keys`` may begin with the path of a module around. A
+    checkpoint has a base alone if it lacks all that the adapters added; where they added nothing, that cannot be told.
+    """
+    attachment = attachment_of(model)
+    if attachment is None or not attachment.found:
+        return
+    missing = {key[start:] for key in loaded.missing_keys for start in (0, *_after_dots(key))}
+    added = set().union(*attachment.trained.values()) - attachment.flags.keys()
+    if added and added <= missing:
+        parameters = dict(model.named_parameters())
+        for key in attachment.found.keys() - missing:
+            attachment.found[key] = parameters[key].detach().clone()
+
+
+def _after_dots(key: str) -> list[int]:
+    return [place + 1 for place, letter in enumerate(key) if letter == "."]
 
 
 def set_attachment(model: nn.Module, attachment: Attachment | None) -> None:

@@ -111,7 +111,7 @@ def _check_fields(config: Mapping[str, Any]) -> None:
             f"load_adapter: {CONFIG} asks for {strange}, which this version does not know: a misspelt field, or one of a newer "
             "PEFT. Correct it, or delete it if it changes nothing in what is computed."
         )
-    if wrong := {key: config[key] for key in sorted(FLAGS) if config.get(key) not in {None, True, False}}:
+    if wrong := {key: config[key] for key in sorted(FLAGS) if not isinstance(config.get(key), bool | None)}:
         raise ValueError(f"load_adapter: {CONFIG} has {wrong}, where only true or false can stand.")
     if config.get("layers_to_transform") is not None and isinstance(config.get("target_modules"), str):
         raise ValueError(

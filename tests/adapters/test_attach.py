@@ -1,6 +1,7 @@
 """Adding, removing, merging, switching off: laws that hold for every adapter."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -156,3 +157,23 @@ def test_a_shared_layer_is_adapted_once_and_works_at_both_places():
     model = add_adapter(nn.Sequential(layer, nn.Tanh(), layer), LoRA(rank=2))
     assert len([name for name, p in model.named_parameters() if p.requires_grad]) == 2
     assert model[0] is model[2]
+
+
+@pytest.mark.parametrize("around", [False, True])
+def test_a_base_loaded_after_the_adapter_is_what_comes_back_without_it(around):
+    model, other = small(), small()
+    add_adapter(model, LoRA(rank=2, targets=["0"], train_also=["2"]))
+    copied = pickle.loads(pickle.dumps(copy.deepcopy(model)))
+    for net in (model, copied):
+        pair = (nn.ModuleDict({"net": net}), nn.ModuleDict({"net": other})) if around else (net, other)
+        pair[0].load_state_dict(pair[1].state_dict(), strict=False)
+        with torch.no_grad():
+            net[2].weight.add_(1.0)
+        trained_state = copy.deepcopy(net.state_dict())
+        net.load_state_dict(trained_state)  # of an adapted network: what was found stays
+        x = torch.randn(3, 6)
+        with adapter_disabled(net):
+            assert torch.equal(net(x), other(x))
+        remove_adapter(net)
+        assert same(weights(net), weights(other))
+        assert not net._load_state_dict_post_hooks
