@@ -53,7 +53,7 @@ def add_adapter(
     if attachment is None:
         flags = {key: parameter.requires_grad for key, parameter in model.named_parameters()}
         attachment = Attachment(fingerprint(model), flags)
-        attachment.watch = model.register_load_state_dict_post_hook(take_loaded_base)
+        attachment.watch = model.register_load_state_dict_post_hook(take_loaded_base)  # type: ignore[no-untyped-call]
     also = adapter.also(model)
     trained = {*adapter.insert(model, name), *also}
     parameters = dict(model.named_parameters())
