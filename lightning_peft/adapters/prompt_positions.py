@@ -11,7 +11,7 @@ from torch import Tensor
 
 def bound_call(inputs: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Return the arguments of a call by their names."""
-    return {**dict(zip(inputs, args, strict=False)), **kwargs}
+    return {**dict(zip(inputs, args)), **kwargs}  # noqa: B905 - torch up to 2.9 cannot compile strict=
 
 
 def check_length(length: int, tokens: int, max_length: int | None, *, owner: str, kind: str) -> None:
