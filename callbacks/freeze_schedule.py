@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning_utilities.core.rank_zero import rank_zero_info
+from rich.console import Console
+from rich.table import Table
 from typing_extensions import override
 
-from lightning_peft.distributed import refuse_unsupported, rewrap
-from lightning_peft.freezing import record_trained, set_trainable, trainable_count, trainable_names
+from lightning_peft.callbacks.phases import Phase, Plateau, Until
+from lightning_peft.distributed import any_rank, check_first_gradients, refuse_unsupported, rewrap
+from lightning_peft.freezing import frozen_layers, record_trained, set_trainable, trainable_count, trainable_names
 from lightning_peft.logging import log_values, register_chart
 from lightning_peft.matching import match_names
 from lightning_peft.one_lightning import refuse_pytorch_lightning
@@ -19,43 +22,8 @@ from lightning_peft.one_lightning import refuse_pytorch_lightning
 _OWNER = "FreezeSchedule"
 
 
-@dataclass(frozen=True)
-class Phase:
-    """A stretch of training in which only some parameters train.
-
-    Args:
-        train: Globs over the parameter names of the LightningModule; ``*`` crosses dots.
-        epochs: Length in epochs. A phase that begins in mid-epoch counts the rest of it as its first.
-        steps: Length in optimizer steps. The last phase of a schedule may have neither and lasts to the end.
-        thaw_base: Let the globs also free parameters that were frozen when the run began, such as the base under a
-            LoRA.
-
-    Raises:
-        ValueError: If no glob is given, or both lengths are, or a length is not positive.
-
-    >>> Phase(train=["head.*"], steps=30)
-    Phase(train=['head.*'], epochs=None, steps=30, thaw_base=False)
-    """
-
-    train: list[str]
-    epochs: int | None = None
-    steps: int | None = None
-    thaw_base: bool = False
-
-    def __post_init__(self) -> None:
-        """Check what can be known without a network."""
-        if isinstance(self.train, str) or not self.train:
-            raise ValueError(f"Phase: train={self.train!r} must be a list of at least one glob over parameter names.")
-        if self.epochs is not None and self.steps is not None:
-            raise ValueError(f"Phase: epochs={self.epochs!r} and steps={self.steps!r} exclude each other; give one.")
-        for unit, length in (("epochs", self.epochs), ("steps", self.steps)):
-            if length is not None and (isinstance(length, bool) or not isinstance(length, int) or length < 1):
-                raise ValueError(f"Phase: {unit}={length!r} must be a whole number of at least 1.")
-
-    @property
-    def endless(self) -> bool:
-        """Whether the phase lasts to the end of the run."""
-        return self.epochs is None and self.steps is None
+def _looks(until: Plateau | Until | None, what: str) -> bool:
+    return isinstance(until, Plateau) and until.each == what
 
 
 class FreezeSchedule(pl.Callback):
@@ -91,9 +59,16 @@ class FreezeSchedule(pl.Callback):
                 raise ValueError(f"{_OWNER}: phase {number} is {phase!r}; write it as Phase(train=[...], steps=...).")
         for number, phase in enumerate(self.phases[:-1]):
             if phase.endless:
-                raise ValueError(f"{_OWNER}: phase {number} ({phase}) needs epochs= or steps=: another follows it.")
+                raise ValueError(
+                    f"{_OWNER}: phase {number} ({phase}) needs epochs=, steps= or until=: another follows it."
+                )
         self.number, self.began_epoch, self.began_step = 0, 0, 0
+        self.over = False
         self._found: list[str] = []
+        self._quiet: list[str] = []
+        self._turned: set[str] = set()
+        self._checked: set[int] = set()
+        self._stepped, self._step_seen = True, 0
 
     @classmethod
     def head_first(cls, head: str = "head", *, steps: int | None = None, epochs: int | None = None) -> FreezeSchedule:
@@ -106,6 +81,92 @@ class FreezeSchedule(pl.Callback):
         """
         return cls([Phase([f"{head}.*"], epochs=epochs, steps=steps), Phase(["*"])])
 
+    @classmethod
+    def gradual(cls, blocks: Sequence[str], *, epochs: int = 1) -> FreezeSchedule:
+        """Free one block more at a time, from the top down, then all that was trainable.
+
+        Howard & Ruder 2018, arXiv:1801.06146, section 3.3.
+
+        Args:
+            blocks: Globs over parameter names, the head first.
+            epochs: Length of each phase but the last.
+
+        >>> [phase.train for phase in FreezeSchedule.gradual(["head.*", "encoder.layer.1.*"]).phases]
+        [['head.*'], ['head.*', 'encoder.layer.1.*'], ['*']]
+        """
+        blocks = list(blocks)
+        return cls([*(Phase(blocks[: count + 1], epochs=epochs) for count in range(len(blocks))), Phase(["*"])])
+
+    @classmethod
+    def chain_thaw(cls, blocks: Sequence[str], *, epochs: int = 1) -> FreezeSchedule:
+        """Train one block at a time, each alone, then all that was trainable.
+
+        Felbo et al. 2017, arXiv:1708.00524, section 3.3.
+
+        Args:
+            blocks: Globs over parameter names in their order: the new layers, then the network from the bottom up.
+            epochs: Length of each phase but the last.
+        """
+        return cls([*(Phase([block], epochs=epochs) for block in blocks), Phase(["*"])])
+
+    @classmethod
+    def alternate(
+        cls, a: Sequence[str], b: Sequence[str], *, rounds: int, steps: int | None = None, epochs: int | None = None
+    ) -> FreezeSchedule:
+        """Train two parts by turns; the last turn lasts to the end of the run.
+
+        Args:
+            a: Globs of the part that comes first.
+            b: Globs of the other one.
+            rounds: How often both have their turn.
+            steps: Length of a turn in optimizer steps.
+            epochs: Length of a turn in epochs.
+
+        Raises:
+            ValueError: If no length is given, or there is no round.
+        """
+        if rounds < 1 or (steps is None and epochs is None):
+            raise ValueError(f"{_OWNER}.alternate: rounds={rounds!r} must be at least 1, and steps= or epochs= given.")
+        turns = [Phase(list(part), steps=steps, epochs=epochs) for _ in range(rounds) for part in (a, b)]
+        return cls([*turns[:-1], Phase(list(b))])
+
+    @classmethod
+    def surgical(cls, *blocks: str) -> FreezeSchedule:
+        """Train some blocks only, from the first step to the last.
+
+        Lee et al. 2022, arXiv:2210.11466: which block helps depends on how the data shifted.
+
+        Args:
+            blocks: Globs over parameter names, as ``"encoder.layer.0.*"``.
+        """
+        return cls([Phase(list(blocks))])
+
+    def describe(self, module: pl.LightningModule) -> Table:
+        """Print the phases with what trains in each, and return the table.
+
+        Call it before training; a module that builds its network in ``configure_model`` builds it now.
+
+        Args:
+            module: What will be trained.
+
+        Raises:
+            ValueError: For globs that match no parameter, or only frozen ones.
+        """
+        module.configure_model()
+        found, self._found = self._found, self._found or trainable_names(module)
+        try:
+            chosen = [self._chosen(number, module) for number in range(len(self.phases))]
+        finally:
+            self._found = found
+        sizes = {name: parameter.numel() for name, parameter in module.named_parameters()}
+        table = Table("phase", "trains", "until", "tensors", "numbers", "of all", title=_OWNER)
+        for number, (phase, names) in enumerate(zip(self.phases, chosen, strict=True)):
+            count = sum(sizes[name] for name in names)
+            share = f"{count / sum(sizes.values()):.1%}"
+            table.add_row(str(number), ", ".join(phase.train), phase.end, str(len(names)), f"{count:,}", share)
+        Console().print(table)
+        return table
+
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         refuse_pytorch_lightning(type(trainer), _OWNER)
@@ -115,7 +176,7 @@ class FreezeSchedule(pl.Callback):
         register_chart(trainer, "What trains", "parameters", ["schedule/trainable_parameters"])
         register_chart(trainer, "What trains", "phase", ["schedule/phase"])
         if not self._found:
-            self.number, self.began_epoch, self.began_step = 0, trainer.current_epoch, trainer.global_step
+            self._begin(0, trainer.current_epoch, trainer.global_step)
         thawing = [phase for phase in self.phases if phase.thaw_base]
         if thawing:
             pl_module.configure_model()  # the adapter comes now, so that thawed weights are free when optimizers look
@@ -143,7 +204,12 @@ class FreezeSchedule(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # The first hook at which every strategy has restored loops and callbacks. A checkpoint of an epoch's last
         # batch resumes into the next epoch without its on_train_epoch_start: what is due is due here too.
-        self._advance(trainer)
+        if not sum(trainer.num_val_batches) and (blind := [p for p in self.phases if _looks(p.until, "validation")]):
+            raise ValueError(
+                f"{_OWNER}: {blind[0]} needs validations, and the run has none. Write Plateau(..., each='epoch')."
+            )
+        self._stepped, self._step_seen = True, trainer.global_step
+        self._advance(trainer, in_epoch=trainer.current_epoch + int(trainer.is_last_batch))
         self._apply(trainer, pl_module)
 
     @override
@@ -151,12 +217,44 @@ class FreezeSchedule(pl.Callback):
         self._move_on(trainer, pl_module)
 
     @override
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if self.over and self._stepped:  # a validation in mid-epoch saw it; never among accumulated gradients
+            self._move_on(trainer, pl_module)
+        self._keep_quiet(pl_module)  # somebody may have called train()
+
+    @override
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        if id(optimizer) not in self._checked:
+            self._checked.add(id(optimizer))
+            held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+            named = [(name, p.grad) for name, p in pl_module.named_parameters() if p.grad is not None and id(p) in held]
+            check_first_gradients(trainer, named)
+
+    @override
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        # global_step moves with the optimizer only, so a steps phase never ends among accumulated gradients.
-        if self.phases[self.number].steps is not None:
-            self._move_on(trainer, pl_module)
+        # global_step moves with the optimizer only, so a phase never ends among accumulated gradients.
+        self._stepped, self._step_seen = trainer.global_step != self._step_seen, trainer.global_step
+        phase = self.phases[self.number]
+        if self._stepped and phase.until is not None and not isinstance(phase.until, Plateau):
+            self.over = any_rank(bool(phase.until(trainer, pl_module)))
+        if self._stepped and (phase.steps is not None or self.over):
+            # At an epoch's last batch the next phase begins with the next epoch.
+            self._move_on(trainer, pl_module, in_epoch=trainer.current_epoch + int(trainer.is_last_batch))
+
+    @override
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self._look(trainer, "validation")
+
+    @override
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._look(trainer, "epoch")
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -172,7 +270,10 @@ class FreezeSchedule(pl.Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {"number": self.number, "began_epoch": self.began_epoch, "began_step": self.began_step}
+        until = self.phases[self.number].until
+        seen = {"best": until.best, "bad_checks": until.bad_checks} if isinstance(until, Plateau) else {}
+        began = {"began_epoch": self.began_epoch, "began_step": self.began_step}
+        return {"number": self.number, **began, "over": self.over, "plateau": seen}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -181,8 +282,11 @@ class FreezeSchedule(pl.Callback):
                 f"{_OWNER}: the checkpoint is in phase {state_dict['number']}, but this schedule has "
                 f"{len(self.phases)} phases. Resume with the schedule that the run was started with."
             )
-        self.number = state_dict["number"]
-        self.began_epoch, self.began_step = state_dict["began_epoch"], state_dict["began_step"]
+        self._begin(state_dict["number"], state_dict["began_epoch"], state_dict["began_step"])
+        self.over = state_dict.get("over", False)
+        until = self.phases[self.number].until
+        if isinstance(until, Plateau) and (seen := state_dict.get("plateau")):
+            until.best, until.bad_checks = seen["best"], seen["bad_checks"]
 
     def _chosen(self, number: int, pl_module: pl.LightningModule) -> list[str]:
         """Return the names of the parameters that a phase trains."""
@@ -198,7 +302,12 @@ class FreezeSchedule(pl.Callback):
             )
         return chosen
 
-    def _advance(self, trainer: pl.Trainer) -> bool:
+    def _begin(self, number: int, epoch: int, step: int) -> None:
+        self.number, self.began_epoch, self.began_step, self.over = number, epoch, step, False
+        if isinstance(until := self.phases[number].until, Plateau):
+            until.start()
+
+    def _advance(self, trainer: pl.Trainer, *, in_epoch: int) -> bool:
         """Move on to the phase that is due now; return whether that is another one."""
         before = self.number
         while self.number < len(self.phases) - 1:
@@ -206,26 +315,36 @@ class FreezeSchedule(pl.Callback):
             if phase.steps is not None:
                 if trainer.global_step < self.began_step + phase.steps:
                     break
-                # At an epoch's last batch the next phase begins with the next epoch.
-                self.began_epoch = trainer.current_epoch + int(trainer.is_last_batch)
-                self.began_step += phase.steps
-            else:
-                assert phase.epochs is not None
+                self._begin(self.number + 1, in_epoch, self.began_step + phase.steps)
+            elif phase.epochs is not None:
                 if trainer.current_epoch < self.began_epoch + phase.epochs:
                     break
-                self.began_epoch, self.began_step = self.began_epoch + phase.epochs, trainer.global_step
-            self.number += 1
+                self._begin(self.number + 1, self.began_epoch + phase.epochs, trainer.global_step)
+            elif self.over:
+                self._begin(self.number + 1, in_epoch, trainer.global_step)
+            else:
+                break
         return self.number != before
 
-    def _move_on(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def _look(self, trainer: pl.Trainer, what: str) -> None:
+        until = self.phases[self.number].until
+        if _looks(until, what) and self.number < len(self.phases) - 1:
+            assert isinstance(until, Plateau)
+            self.over = until.look(trainer) or self.over
+
+    def _move_on(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *, in_epoch: int | None = None) -> None:
         before = self.number
-        if self._advance(trainer):
+        if self._advance(trainer, in_epoch=trainer.current_epoch if in_epoch is None else in_epoch):
             self._log(trainer, pl_module, before, trainer.global_step - 1)  # the riser of the staircase
             self._apply(trainer, pl_module)
 
     def _apply(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if set_trainable(pl_module, self._chosen(self.number, pl_module)):
             rewrap(trainer, pl_module)
+        self._checked.clear()
+        self._quiet = frozen_layers(pl_module, dropout=not self.phases[self.number].frozen_dropout)
+        self._wake(pl_module, keep=self._quiet)
+        self._keep_quiet(pl_module)
         count = trainable_count(pl_module)
         rank_zero_info(f"{_OWNER}: phase {self.number} at step {trainer.global_step}: {count:,} numbers train.")
         self._log(trainer, pl_module, self.number)
@@ -234,8 +353,22 @@ class FreezeSchedule(pl.Callback):
         count = trainable_count(pl_module)
         log_values(trainer, {"schedule/phase": number, "schedule/trainable_parameters": count}, step=step)
 
+    def _keep_quiet(self, pl_module: pl.LightningModule) -> None:
+        for name in self._quiet:
+            layer = pl_module.get_submodule(name)
+            if layer.training:
+                layer.eval()
+                self._turned.add(name)
+
+    def _wake(self, pl_module: pl.LightningModule, *, keep: Collection[str] = ()) -> None:
+        for name in self._turned.difference(keep):
+            pl_module.get_submodule(name).train()
+        self._turned.intersection_update(keep)
+
     def _give_back(self, pl_module: pl.LightningModule) -> None:
         """Leave the flags as they were found, so that the next fit chooses among the same parameters."""
         if self._found:
             set_trainable(pl_module, self._found)
             self._found = []
+            self._quiet = []
+            self._wake(pl_module)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -26,6 +27,25 @@ def world_size() -> int:
 def rank() -> int:
     """Return the number of this process, from 0."""
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def mean_over_ranks(value: float) -> float:
+    """Return the mean of every rank's number, the same on each of them."""
+    values: list[float] = _gathered(value)
+    return sum(values) / len(values)
+
+
+def any_rank(decision: bool) -> bool:
+    """Return whether a decision is true on any rank, the same on each of them."""
+    return any(_gathered(decision))
+
+
+def _gathered(value: Any) -> list[Any]:
+    if world_size() == 1:
+        return [value]
+    values = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def refuse_unsupported(trainer: pl.Trainer, owner: str) -> None:
@@ -70,8 +90,7 @@ def check_ranks_agree(named: Iterable[tuple[str, Tensor]], when: str) -> None:
     if world_size() == 1:
         return
     digests = {name: _digest(tensor) for name, tensor in named}
-    gathered: list[dict[str, str]] = [{} for _ in range(world_size())]
-    dist.all_gather_object(gathered, digests)
+    gathered: list[dict[str, str]] = _gathered(digests)
     different = [name for name in digests if any(other.get(name) != digests[name] for other in gathered)]
     if different:
         raise RuntimeError(
@@ -83,6 +102,16 @@ def check_ranks_agree(named: Iterable[tuple[str, Tensor]], when: str) -> None:
 def _digest(tensor: Tensor) -> str:
     raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
     return hashlib.blake2b(raw.data, digest_size=8).hexdigest()
+
+
+def check_first_gradients(trainer: pl.Trainer, named: Iterable[tuple[str, Tensor]]) -> None:
+    """Compare gradients over the ranks of DDP, which averages them; on other strategies they may well differ.
+
+    Raises:
+        RuntimeError: On every rank, with the names that differ.
+    """
+    if isinstance(trainer.strategy, DDPStrategy):
+        check_ranks_agree(named, when="in the first gradients after a change of what trains")
 
 
 class _GatherRows(torch.autograd.Function):

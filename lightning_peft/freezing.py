@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
 
 from lightning_peft.adapters.attachment import attachment_of
 
@@ -54,3 +56,31 @@ def record_trained(module: nn.Module) -> None:
         attachment = attachment_of(child)
         if attachment is not None:
             attachment.ever_trained.update(trainable_names(child))
+
+
+def frozen_layers(module: nn.Module, *, dropout: bool) -> list[str]:
+    """List the layers that must run in eval mode for a frozen part to be really frozen.
+
+    Batch normalisation moves its running statistics also without a gradient. A layer without parameters of its own is frozen
+    if those of the nearest module around it are.
+
+    Args:
+        module: The root of the names.
+        dropout: Whether dropout of frozen parts is one of them.
+
+    >>> net = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2), nn.Linear(2, 2))
+    >>> frozen_layers(net.requires_grad_(False), dropout=True)
+    ['1']
+    """
+    kinds = (_BatchNorm, _DropoutNd) if dropout else (_BatchNorm,)
+    found = []
+    for name, layer in module.named_modules():
+        if isinstance(layer, kinds):
+            around: nn.Module = layer
+            path = name
+            while path and next(around.parameters(), None) is None:
+                path = path.rpartition(".")[0]
+                around = module.get_submodule(path)
+            if not any(parameter.requires_grad for parameter in around.parameters()):
+                found.append(name)
+    return found

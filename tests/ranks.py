@@ -25,7 +25,15 @@ from torch.utils.data import DataLoader, DistributedSampler
 from torchmetrics import MeanMetric
 
 from lightning_peft import LoRA, LoRAMixin, ReplayMixin, save_adapter
-from lightning_peft.callbacks import ForgettingEvaluation, FreezeSchedule, OldTask, Phase, ReplayMixing, ZeroInitHead
+from lightning_peft.callbacks import (
+    ForgettingEvaluation,
+    FreezeSchedule,
+    OldTask,
+    Phase,
+    Plateau,
+    ReplayMixing,
+    ZeroInitHead,
+)
 from lightning_peft.distributed import gather_rows, rank, world_size
 from lightning_peft.losses import in_batch_contrastive
 from lightning_peft.metrics import RecallAtOne
@@ -103,6 +111,46 @@ def unfreezing_while_accumulating() -> Result:
     return trained(
         RankToy(), FreezeSchedule.head_first("head", steps=2), accumulate_grad_batches=2, gradient_clip_val=0.3
     )
+
+
+def unfreezing_when_a_metric_is_flat() -> Result:
+    """Ranks log different values: what counts is their mean, or one would go on alone and the run would hang."""
+
+    class Logged(RankToy):
+        def training_step(self, batch, batch_idx):
+            value = 1.0 if self.current_epoch else 2.0
+            self.log("flat", value if world_size() == 1 else value + (-1) ** rank() * self.current_epoch, on_epoch=True)
+            return super().training_step(batch, batch_idx)
+
+    schedule = FreezeSchedule([Phase(["head.*"], until=Plateau("flat", 1, each="epoch")), Phase(["*"])])
+    result = trained(Logged(), schedule, epochs=5)
+    assert schedule.number == 1
+    return result
+
+
+def unfreezing_when_a_function_of_one_rank_says_so() -> Result:
+    def decides(trainer, pl_module):
+        return trainer.global_rank == trainer.world_size - 1 and trainer.global_step == 3
+
+    return trained(RankToy(), FreezeSchedule([Phase(["head.*"], until=decides), Phase(["*"])]))
+
+
+def gradients_that_are_not_averaged_are_noticed() -> Result:
+    if world_size() == 1:
+        return {}
+
+    class Breaks(pl.Callback):
+        def on_after_backward(self, trainer, pl_module):
+            if trainer.global_step == 3:
+                pl_module.backbone[0].weight.grad.add_(rank())
+
+    try:
+        fit(RankToy(), Breaks(), FreezeSchedule.head_first("head", steps=3))
+    except RuntimeError as error:
+        wanted = "in the first gradients after a change of what trains, 1 of 6 tensors differ between ranks, first ['backbone.0"
+        assert wanted in str(error), error  # noqa: PT017
+        return {}
+    raise AssertionError("gradients that differ went unnoticed")
 
 
 def unfreezing_a_lora() -> Result:
@@ -266,6 +314,9 @@ CASES: dict[str, Callable[[], Result]] = {
         unfreezing_by_steps,
         unfreezing_by_epochs,
         unfreezing_while_accumulating,
+        unfreezing_when_a_metric_is_flat,
+        unfreezing_when_a_function_of_one_rank_says_so,
+        gradients_that_are_not_averaged_are_noticed,
         unfreezing_a_lora,
         thawing_the_base,
         resuming_in_a_later_phase,

@@ -190,7 +190,7 @@ def test_a_copy_is_a_schedule_of_its_own(again, net, fit):
         (lambda: Phase(["*"], epochs=1, steps=1), "exclude each other"),
         (lambda: Phase(["*"], steps=0), "steps=0 must be a whole number"),
         (lambda: FreezeSchedule([]), r"phases=\[\] is empty"),
-        (lambda: FreezeSchedule([Phase(["*"]), Phase(["*"])]), "phase 0 .* needs epochs= or steps="),
+        (lambda: FreezeSchedule([Phase(["*"]), Phase(["*"])]), "phase 0 .* needs epochs=, steps= or until="),
     ],
 )
 def test_bad_input_is_refused_when_it_is_written(make, message):
