@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import lightning.pytorch as pl
@@ -12,18 +12,15 @@ from rich.console import Console
 from rich.table import Table
 from typing_extensions import override
 
-from lightning_peft.callbacks.phases import Phase, Plateau, Until
-from lightning_peft.distributed import any_rank, check_first_gradients, refuse_unsupported, rewrap
-from lightning_peft.freezing import frozen_layers, record_trained, set_trainable, trainable_count, trainable_names
+from lightning_peft.callbacks.phase_clock import PhaseClock
+from lightning_peft.callbacks.phases import Phase, Plateau
+from lightning_peft.distributed import check_first_gradients, refuse_unsupported, rewrap
+from lightning_peft.freezing import StillLayers, record_trained, set_trainable, trainable_count, trainable_names
 from lightning_peft.logging import log_values, register_chart
 from lightning_peft.matching import match_names
 from lightning_peft.one_lightning import refuse_pytorch_lightning
 
 _OWNER = "FreezeSchedule"
-
-
-def _looks(until: Plateau | Until | None, what: str) -> bool:
-    return isinstance(until, Plateau) and until.each == what
 
 
 class FreezeSchedule(pl.Callback):
@@ -62,13 +59,15 @@ class FreezeSchedule(pl.Callback):
                 raise ValueError(
                     f"{_OWNER}: phase {number} ({phase}) needs epochs=, steps= or until=: another follows it."
                 )
-        self.number, self.began_epoch, self.began_step = 0, 0, 0
-        self.over = False
+        self.clock = PhaseClock(self.phases)
         self._found: list[str] = []
-        self._quiet: list[str] = []
-        self._turned: set[str] = set()
+        self._still = StillLayers()
         self._checked: set[int] = set()
-        self._stepped, self._step_seen = True, 0
+
+    @property
+    def number(self) -> int:
+        """Number of the phase that it is, from 0."""
+        return self.clock.number
 
     @classmethod
     def head_first(cls, head: str = "head", *, steps: int | None = None, epochs: int | None = None) -> FreezeSchedule:
@@ -176,7 +175,7 @@ class FreezeSchedule(pl.Callback):
         register_chart(trainer, "What trains", "parameters", ["schedule/trainable_parameters"])
         register_chart(trainer, "What trains", "phase", ["schedule/phase"])
         if not self._found:
-            self._begin(0, trainer.current_epoch, trainer.global_step)
+            self.clock.begin(0, trainer.current_epoch, trainer.global_step)
         thawing = [phase for phase in self.phases if phase.thaw_base]
         if thawing:
             pl_module.configure_model()  # the adapter comes now, so that thawed weights are free when optimizers look
@@ -204,12 +203,13 @@ class FreezeSchedule(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # The first hook at which every strategy has restored loops and callbacks. A checkpoint of an epoch's last
         # batch resumes into the next epoch without its on_train_epoch_start: what is due is due here too.
-        if not sum(trainer.num_val_batches) and (blind := [p for p in self.phases if _looks(p.until, "validation")]):
+        plateaus = [phase.until for phase in self.phases if isinstance(phase.until, Plateau)]
+        if not sum(trainer.num_val_batches) and (blind := [one for one in plateaus if one.each == "validation"]):
             raise ValueError(
                 f"{_OWNER}: {blind[0]} needs validations, and the run has none. Write Plateau(..., each='epoch')."
             )
-        self._stepped, self._step_seen = True, trainer.global_step
-        self._advance(trainer, in_epoch=trainer.current_epoch + int(trainer.is_last_batch))
+        self.clock.start(trainer)
+        self.clock.advance(trainer, in_epoch=trainer.current_epoch + int(trainer.is_last_batch))
         self._apply(trainer, pl_module)
 
     @override
@@ -220,9 +220,11 @@ class FreezeSchedule(pl.Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        if self.over and self._stepped:  # a validation in mid-epoch saw it; never among accumulated gradients
+        if (
+            self.clock.over and self.clock.stepped
+        ):  # a validation in mid-epoch saw it; never among accumulated gradients
             self._move_on(trainer, pl_module)
-        self._keep_quiet(pl_module)  # somebody may have called train()
+        self._still.keep(pl_module)  # somebody may have called train()
 
     @override
     def on_before_optimizer_step(
@@ -239,22 +241,19 @@ class FreezeSchedule(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         # global_step moves with the optimizer only, so a phase never ends among accumulated gradients.
-        self._stepped, self._step_seen = trainer.global_step != self._step_seen, trainer.global_step
-        phase = self.phases[self.number]
-        if self._stepped and phase.until is not None and not isinstance(phase.until, Plateau):
-            self.over = any_rank(bool(phase.until(trainer, pl_module)))
-        if self._stepped and (phase.steps is not None or self.over):
+        self.clock.count_batch(trainer, pl_module)
+        if self.clock.stepped and (self.clock.phase.steps is not None or self.clock.over):
             # At an epoch's last batch the next phase begins with the next epoch.
             self._move_on(trainer, pl_module, in_epoch=trainer.current_epoch + int(trainer.is_last_batch))
 
     @override
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
-            self._look(trainer, "validation")
+            self.clock.look(trainer, "validation")
 
     @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._look(trainer, "epoch")
+        self.clock.look(trainer, "epoch")
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -270,10 +269,7 @@ class FreezeSchedule(pl.Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        until = self.phases[self.number].until
-        seen = {"best": until.best, "bad_checks": until.bad_checks} if isinstance(until, Plateau) else {}
-        began = {"began_epoch": self.began_epoch, "began_step": self.began_step}
-        return {"number": self.number, **began, "over": self.over, "plateau": seen}
+        return self.clock.state_dict()
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -282,11 +278,7 @@ class FreezeSchedule(pl.Callback):
                 f"{_OWNER}: the checkpoint is in phase {state_dict['number']}, but this schedule has "
                 f"{len(self.phases)} phases. Resume with the schedule that the run was started with."
             )
-        self._begin(state_dict["number"], state_dict["began_epoch"], state_dict["began_step"])
-        self.over = state_dict.get("over", False)
-        until = self.phases[self.number].until
-        if isinstance(until, Plateau) and (seen := state_dict.get("plateau")):
-            until.best, until.bad_checks = seen["best"], seen["bad_checks"]
+        self.clock.load_state_dict(state_dict)
 
     def _chosen(self, number: int, pl_module: pl.LightningModule) -> list[str]:
         """Return the names of the parameters that a phase trains."""
@@ -302,39 +294,9 @@ class FreezeSchedule(pl.Callback):
             )
         return chosen
 
-    def _begin(self, number: int, epoch: int, step: int) -> None:
-        self.number, self.began_epoch, self.began_step, self.over = number, epoch, step, False
-        if isinstance(until := self.phases[number].until, Plateau):
-            until.start()
-
-    def _advance(self, trainer: pl.Trainer, *, in_epoch: int) -> bool:
-        """Move on to the phase that is due now; return whether that is another one."""
-        before = self.number
-        while self.number < len(self.phases) - 1:
-            phase = self.phases[self.number]
-            if phase.steps is not None:
-                if trainer.global_step < self.began_step + phase.steps:
-                    break
-                self._begin(self.number + 1, in_epoch, self.began_step + phase.steps)
-            elif phase.epochs is not None:
-                if trainer.current_epoch < self.began_epoch + phase.epochs:
-                    break
-                self._begin(self.number + 1, self.began_epoch + phase.epochs, trainer.global_step)
-            elif self.over:
-                self._begin(self.number + 1, in_epoch, trainer.global_step)
-            else:
-                break
-        return self.number != before
-
-    def _look(self, trainer: pl.Trainer, what: str) -> None:
-        until = self.phases[self.number].until
-        if _looks(until, what) and self.number < len(self.phases) - 1:
-            assert isinstance(until, Plateau)
-            self.over = until.look(trainer) or self.over
-
     def _move_on(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *, in_epoch: int | None = None) -> None:
         before = self.number
-        if self._advance(trainer, in_epoch=trainer.current_epoch if in_epoch is None else in_epoch):
+        if self.clock.advance(trainer, in_epoch=trainer.current_epoch if in_epoch is None else in_epoch):
             self._log(trainer, pl_module, before, trainer.global_step - 1)  # the riser of the staircase
             self._apply(trainer, pl_module)
 
@@ -342,9 +304,7 @@ class FreezeSchedule(pl.Callback):
         if set_trainable(pl_module, self._chosen(self.number, pl_module)):
             rewrap(trainer, pl_module)
         self._checked.clear()
-        self._quiet = frozen_layers(pl_module, dropout=not self.phases[self.number].frozen_dropout)
-        self._wake(pl_module, keep=self._quiet)
-        self._keep_quiet(pl_module)
+        self._still.choose(pl_module, dropout=not self.clock.phase.frozen_dropout)
         count = trainable_count(pl_module)
         rank_zero_info(f"{_OWNER}: phase {self.number} at step {trainer.global_step}: {count:,} numbers train.")
         self._log(trainer, pl_module, self.number)
@@ -353,22 +313,9 @@ class FreezeSchedule(pl.Callback):
         count = trainable_count(pl_module)
         log_values(trainer, {"schedule/phase": number, "schedule/trainable_parameters": count}, step=step)
 
-    def _keep_quiet(self, pl_module: pl.LightningModule) -> None:
-        for name in self._quiet:
-            layer = pl_module.get_submodule(name)
-            if layer.training:
-                layer.eval()
-                self._turned.add(name)
-
-    def _wake(self, pl_module: pl.LightningModule, *, keep: Collection[str] = ()) -> None:
-        for name in self._turned.difference(keep):
-            pl_module.get_submodule(name).train()
-        self._turned.intersection_update(keep)
-
     def _give_back(self, pl_module: pl.LightningModule) -> None:
         """Leave the flags as they were found, so that the next fit chooses among the same parameters."""
         if self._found:
             set_trainable(pl_module, self._found)
             self._found = []
-            self._quiet = []
-            self._wake(pl_module)
+            self._still.release(pl_module)

@@ -84,3 +84,40 @@ def frozen_layers(module: nn.Module, *, dropout: bool) -> list[str]:
             if not any(parameter.requires_grad for parameter in around.parameters()):
                 found.append(name)
     return found
+
+
+class StillLayers:
+    """Keep the layers of a frozen part in eval mode, and give back those that were in training mode."""
+
+    def __init__(self) -> None:
+        self._names: list[str] = []
+        self._turned: set[str] = set()
+
+    def choose(self, module: nn.Module, *, dropout: bool) -> None:
+        """Hold what is frozen now, and wake what no longer is.
+
+        Args:
+            module: The root of the names.
+            dropout: Whether dropout of frozen parts is held too.
+        """
+        self._names = frozen_layers(module, dropout=dropout)
+        self._wake(module, self._turned.difference(self._names))
+        self.keep(module)
+
+    def keep(self, module: nn.Module) -> None:
+        """Put what is held into eval mode again: any call of ``train()`` undoes it."""
+        for name in self._names:
+            layer = module.get_submodule(name)
+            if layer.training:
+                layer.eval()
+                self._turned.add(name)
+
+    def release(self, module: nn.Module) -> None:
+        """Hold nothing any more."""
+        self._names = []
+        self._wake(module, set(self._turned))
+
+    def _wake(self, module: nn.Module, names: Collection[str]) -> None:
+        for name in names:
+            module.get_submodule(name).train()
+        self._turned.difference_update(names)
