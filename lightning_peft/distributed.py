@@ -31,16 +31,17 @@ def rank() -> int:
 
 def mean_over_ranks(value: float) -> float:
     """Return the mean of every rank's number, the same on each of them."""
-    values: list[float] = _gathered(value)
+    values: list[float] = gather_objects(value)
     return sum(values) / len(values)
 
 
 def any_rank(decision: bool) -> bool:
     """Return whether a decision is true on any rank, the same on each of them."""
-    return any(_gathered(decision))
+    return any(gather_objects(decision))
 
 
-def _gathered(value: Any) -> list[Any]:
+def gather_objects(value: Any) -> list[Any]:
+    """Return what every rank gave, in their order: plain data that pickles."""
     if world_size() == 1:
         return [value]
     values = [None] * world_size()
@@ -90,7 +91,7 @@ def check_ranks_agree(named: Iterable[tuple[str, Tensor]], when: str) -> None:
     if world_size() == 1:
         return
     digests = {name: _digest(tensor) for name, tensor in named}
-    gathered: list[dict[str, str]] = _gathered(digests)
+    gathered: list[dict[str, str]] = gather_objects(digests)
     different = [name for name in digests if any(other.get(name) != digests[name] for other in gathered)]
     if different:
         raise RuntimeError(

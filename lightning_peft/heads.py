@@ -1,10 +1,14 @@
-"""Find the output layer of a head, and start it at zero."""
+"""Find the output layer of a head, and start it at zero, or at what the targets are on average."""
 
 from __future__ import annotations
 
-import torch
-from torch import nn
+from collections.abc import Iterable
+from dataclasses import dataclass
 
+import torch
+from torch import Tensor, nn
+
+from lightning_peft.distributed import gather_objects
 from lightning_peft.matching import nearest
 from lightning_peft.tied import tied_weights
 
@@ -54,3 +58,64 @@ def zero_init(layer: nn.Linear) -> None:
     layer.weight.zero_()
     if layer.bias is not None:
         layer.bias.zero_()
+
+
+@dataclass
+class _Targets:
+    """Sums over the targets of one process."""
+
+    rows: int
+    sums: Tensor
+    kind: str
+
+
+def prior_bias(targets: Iterable[Tensor], outputs: int, *, owner: str = "prior_bias") -> Tensor:
+    """Return the bias with which a head of zero weight predicts the average of the targets, over all processes.
+
+    ``log p_c`` of the class frequencies for whole numbers (``log p - log(1 - p)`` for one output); ``log p - log(1 - p)`` of each
+    column for booleans and for floats that are all 0 or 1, as binary cross-entropy takes them; else each column's mean, for
+    regression. A class that no row has counts as seen once; negative numbers are targets that losses ignore.
+
+    Lin et al. 2017, arXiv:1708.02002, section 3.3 (a prior in the last bias).
+
+    Args:
+        targets: This process's targets, batch by batch.
+        outputs: How many outputs the head has.
+        owner: Who asks; the error message begins with it.
+
+    Raises:
+        ValueError: If there is no target, or they do not fit the outputs.
+
+    >>> prior_bias([torch.tensor([0, 0, 0, 1])], outputs=2).exp()
+    tensor([0.7500, 0.2500], dtype=torch.float64)
+    >>> prior_bias([torch.tensor([1.0, 2.0, 6.0])], outputs=1)
+    tensor([3.], dtype=torch.float64)
+    """
+    parts: list[list[_Targets]] = gather_objects([_summed(batch.detach().cpu(), outputs, owner) for batch in targets])
+    found = [batch for part in parts for batch in part]
+    rows, kinds = sum(batch.rows for batch in found), {batch.kind for batch in found if batch.rows}
+    if not rows:
+        raise ValueError(f"{owner}: the training data gave no target.")
+    if kinds == {"classes"}:
+        counts: Tensor = torch.stack([batch.sums for batch in found]).sum(0).clamp(min=1)
+        return (counts / counts.sum()).log()
+    if "classes" in kinds:
+        raise ValueError(f"{owner}: some batches have whole numbers as targets and some have not.")
+    total: Tensor = torch.stack([batch.sums for batch in found]).sum(0)
+    if kinds == {"binary"}:  # one batch with another value makes it a regression
+        seen = total.clamp(min=1, max=max(rows - 1, 1))
+        return (seen / rows).logit()
+    return total / rows
+
+
+def _summed(targets: Tensor, outputs: int, owner: str) -> _Targets:
+    if targets.dtype != torch.bool and not targets.is_floating_point() and outputs > 1:
+        kept = targets[targets >= 0]
+        if kept.numel() and int(kept.max()) >= outputs:
+            raise ValueError(f"{owner}: a target is class {int(kept.max())}, and the head has {outputs} outputs.")
+        return _Targets(kept.numel(), torch.bincount(kept.flatten(), minlength=outputs).double(), "classes")
+    if targets.numel() % outputs or (outputs > 1 and targets.shape[-1] != outputs):
+        raise ValueError(f"{owner}: targets of shape {tuple(targets.shape)} do not fit a head of {outputs} outputs.")
+    columns = targets.double().reshape(-1, outputs)
+    binary = bool(((columns == 0) | (columns == 1)).all())
+    return _Targets(len(columns), columns.sum(0), "binary" if binary else "values")

@@ -157,6 +157,10 @@ def unfreezing_a_lora() -> Result:
     return trained(LoRAToy(), ZeroInitHead("head"), FreezeSchedule.head_first("head", steps=3))
 
 
+def starting_at_the_prior() -> Result:
+    return trained(RankToy(), ZeroInitHead(bias="prior"))
+
+
 def thawing_the_base() -> Result:
     schedule = FreezeSchedule([Phase(["head.*"], steps=3), Phase(["*"], thaw_base=True)])
     return trained(LoRAToy(), schedule)
@@ -318,6 +322,7 @@ CASES: dict[str, Callable[[], Result]] = {
         unfreezing_when_a_function_of_one_rank_says_so,
         gradients_that_are_not_averaged_are_noticed,
         unfreezing_a_lora,
+        starting_at_the_prior,
         thawing_the_base,
         resuming_in_a_later_phase,
         lightning_s_own_unfreezing,

@@ -1,10 +1,12 @@
 """The output layer of a head, found and zeroed."""
 
+import math
+
 import pytest
 import torch
 from torch import nn
 
-from lightning_peft.heads import output_layer, zero_init
+from lightning_peft.heads import output_layer, prior_bias, zero_init
 
 
 def deep_head() -> nn.Sequential:
@@ -59,3 +61,36 @@ def test_zeroing_keeps_the_parameters_objects_and_their_gradient_flags():
     assert layer.bias is bias
     assert weight.requires_grad
     assert bias.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("batches", "outputs", "expected"),
+    [
+        ([[0, 0, 2], [2, 2, 2, -100, 1, 1]], 3, [math.log(2 / 8), math.log(2 / 8), math.log(4 / 8)]),
+        ([[0, 0, 0]], 2, [math.log(3 / 4), math.log(1 / 4)]),  # a class that no row has
+        ([[0, 0, 0, 1]], 1, [math.log(1 / 3)]),
+        ([[[1.0, 0.0], [1.0, 1.0]], [[1.0, 0.0], [0.0, 0.0]]], 2, [math.log(3), math.log(1 / 3)]),
+        ([[True, False, False, False]], 1, [math.log(1 / 3)]),
+        ([[[1.0, 0.0], [1.0, 1.0]], [[4.0, 0.5]]], 2, [2.0, 0.5]),
+        ([[3.0], [4.0, 5.0]], 1, [4.0]),
+        ([[[0, 1], [1, -100]]], 2, [math.log(1 / 3), math.log(2 / 3)]),  # a class for every token
+    ],
+)
+def test_a_prior_is_what_predicts_the_average_target(batches, outputs, expected):
+    found = prior_bias([torch.tensor(batch) for batch in batches], outputs)
+    assert torch.allclose(found, torch.tensor(expected, dtype=torch.float64), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("batches", "outputs", "message"),
+    [
+        ([], 2, "gave no target"),
+        ([[-100, -100]], 2, "gave no target"),
+        ([[0, 3]], 3, "a target is class 3, and the head has 3 outputs"),
+        ([[0.5, 0.5, 0.1]], 2, r"targets of shape \(3,\) do not fit a head of 2 outputs"),
+        ([[0, 1], [[0.5, 0.5]]], 2, "some batches have whole numbers"),
+    ],
+)
+def test_targets_that_fit_no_head_are_refused(batches, outputs, message):
+    with pytest.raises(ValueError, match=f"Caller: .*{message}"):
+        prior_bias([torch.tensor(batch) for batch in batches], outputs, owner="Caller")

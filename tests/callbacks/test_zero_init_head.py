@@ -144,3 +144,101 @@ def test_a_head_that_an_adapter_freezes_is_refused_before_the_first_step(fit, ta
     net = adapted(Toy, LoRA(rank=2, targets=targets), backbone=".")()
     with pytest.raises(ValueError, match="the weight of head='head' is frozen, so it would stay zero"):
         fit(net, ZeroInitHead("head"))
+
+
+class Rare(Toy):
+    """One row in four is of the second class, and rows are dropped out and shuffled: everything that draws numbers."""
+
+    def __init__(self) -> None:
+        super().__init__(dropout=0.2)
+        self.drawn: list[torch.Tensor] = []
+
+    def training_step(self, batch, batch_idx):
+        self.drawn.append(batch[0])
+        return super().training_step(batch, batch_idx)
+
+    def train_dataloader(self):
+        data = torch.utils.data.TensorDataset(torch.randn(24, 4), (torch.arange(24) % 4 == 0).long())
+        return torch.utils.data.DataLoader(data, 6, shuffle=True)
+
+
+def test_with_a_prior_the_head_predicts_the_classes_as_often_as_they_are(fit):
+    first, net = First(), Rare()
+    fit(net, ZeroInitHead(bias="prior"), first, steps=1)
+    assert not backbone_gradient(first.gradients[0]).any()
+    net = Rare()
+    net.lr = 0.0
+    fit(net, ZeroInitHead(bias="prior"))
+    assert torch.allclose(net.head(torch.randn(1, 8)).softmax(1), torch.tensor([[0.75, 0.25]]))
+
+
+def test_reading_the_targets_changes_no_row_and_no_draw_of_the_run(fit):
+    drawn = []
+    for callback in (ZeroInitHead(), ZeroInitHead(bias="prior")):
+        net = Rare()
+        pl.seed_everything(7, verbose=False)
+        fit(net, callback, epochs=2)
+        drawn.append((torch.cat(net.drawn), torch.rand(3)))
+    assert torch.equal(drawn[0][0], drawn[1][0])
+    assert torch.equal(drawn[0][1], drawn[1][1])
+
+
+class Started(pl.Callback):
+    """The bias that the first step starts from."""
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.bias = getattr(self, "bias", pl_module.head.bias.detach().clone())
+
+
+def test_a_resumed_head_keeps_its_bias(fit, tmp_path):
+    keep, started = pl.callbacks.ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1), Started()
+    fit(Rare(), ZeroInitHead(bias="prior"), keep, epochs=1)
+    fit(Rare(), ZeroInitHead(bias="prior"), started, keep, epochs=2, ckpt_path=tmp_path / "epoch=0.ckpt")
+    saved = torch.load(tmp_path / "epoch=0.ckpt", weights_only=True)["state_dict"]["head.bias"]
+    assert torch.equal(started.bias, saved)
+    assert not torch.allclose(saved.softmax(0), torch.tensor([0.75, 0.25]))
+
+
+class Unlabelled(Rare):
+    """Batches that are tensors, of which nobody knows where the target is."""
+
+    def train_dataloader(self):
+        return torch.utils.data.DataLoader(torch.randn(12, 4), 6)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (Unlabelled, "where the targets are in a batch of type Tensor is not known. Give target="),
+        (lambda: _without_bias(Rare()), "head='head' has no bias to hold a prior"),
+    ],
+)
+def test_a_prior_that_cannot_be_had_is_refused(make, message, fit):
+    with pytest.raises(ValueError, match=f"ZeroInitHead: .*{message}"):
+        fit(make(), ZeroInitHead(bias="prior"))
+    with pytest.raises(ValueError, match="bias='mean' is unknown"):
+        ZeroInitHead(bias="mean")
+
+
+def _without_bias(net):
+    net.head = nn.Linear(8, 2, bias=False)
+    return net
+
+
+@pytest.mark.parametrize("kind", ["Bert", "Roberta", "DistilBert", "GPT2", "Llama"])
+def test_heads_of_transformers_are_zeroed_by_their_own_names(kind, trainer):
+    import transformers as hf
+
+    sizes = {
+        "vocab_size": 20, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8,
+        "num_labels": 3, "pad_token_id": 0, "max_position_embeddings": 16, "dim": 8, "hidden_dim": 8, "n_layers": 1, "n_heads": 2,
+    }  # fmt: skip
+    if kind == "GPT2":
+        sizes = {"vocab_size": 20, "n_embd": 8, "n_layer": 1, "n_head": 2, "num_labels": 3, "pad_token_id": 0}
+    name = {"GPT2": "score", "Llama": "score"}.get(kind, "classifier")
+    net = Toy()
+    net.model = getattr(hf, f"{kind}ForSequenceClassification")(getattr(hf, f"{kind}Config")(**sizes)).eval()
+    ids = torch.randint(1, 20, (4, 6))
+    assert net.model(input_ids=ids).logits.any()
+    ZeroInitHead(f"model.{name}").setup(trainer(), net, "fit")
+    assert not net.model(input_ids=ids).logits.any()
