@@ -152,11 +152,8 @@ class FreezeSchedule(pl.Callback):
             ValueError: For globs that match no parameter, or only frozen ones.
         """
         module.configure_model()
-        found, self._found = self._found, self._found or trainable_names(module)
-        try:
-            chosen = [self._chosen(number, module) for number in range(len(self.phases))]
-        finally:
-            self._found = found
+        found = self._found or trainable_names(module)
+        chosen = [self._chosen(number, module, found) for number in range(len(self.phases))]
         sizes = {name: parameter.numel() for name, parameter in module.named_parameters()}
         table = Table("phase", "trains", "until", "tensors", "numbers", "of all", title=_OWNER)
         for number, (phase, names) in enumerate(zip(self.phases, chosen, strict=True)):
@@ -192,7 +189,9 @@ class FreezeSchedule(pl.Callback):
         held = {id(p) for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]}
         parameters = dict(pl_module.named_parameters())
         for number, phase in enumerate(self.phases):
-            without = [name for name in self._chosen(number, pl_module) if id(parameters[name]) not in held]
+            without = [
+                name for name in self._chosen(number, pl_module, self._found) if id(parameters[name]) not in held
+            ]
             if without:
                 raise ValueError(
                     f"{_OWNER}: phase {number} trains {len(without)} parameters that no optimizer holds, first "
@@ -280,12 +279,12 @@ class FreezeSchedule(pl.Callback):
             )
         self.clock.load_state_dict(state_dict)
 
-    def _chosen(self, number: int, pl_module: pl.LightningModule) -> list[str]:
-        """Return the names of the parameters that a phase trains."""
+    def _chosen(self, number: int, pl_module: pl.LightningModule, found: list[str]) -> list[str]:
+        """Return the names of the parameters that a phase trains, of those that were ``found`` free."""
         phase = self.phases[number]
         names = [name for name, _ in pl_module.named_parameters()]
         matched = match_names(names, phase.train, owner=f"{_OWNER}: phase {number}", kind="parameter")
-        allowed = set(names if phase.thaw_base else self._found)
+        allowed = set(names if phase.thaw_base else found)
         chosen = [name for name in matched if name in allowed]
         if not chosen:
             raise ValueError(
@@ -301,7 +300,7 @@ class FreezeSchedule(pl.Callback):
             self._apply(trainer, pl_module)
 
     def _apply(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if set_trainable(pl_module, self._chosen(self.number, pl_module)):
+        if set_trainable(pl_module, self._chosen(self.number, pl_module, self._found)):
             rewrap(trainer, pl_module)
         self._checked.clear()
         self._still.choose(pl_module, dropout=not self.clock.phase.frozen_dropout)

@@ -19,7 +19,7 @@ class PhaseClock:
     """
 
     def __init__(self, phases: Sequence[Phase]) -> None:
-        self.phases = list(phases)
+        self.phases = phases
         self.number, self.began_epoch, self.began_step = 0, 0, 0
         self.over = False
         self.stepped, self._step_seen = True, 0

@@ -88,7 +88,7 @@ class ZeroInitHead(pl.Callback):
         layer = output_layer(pl_module, self.head, owner=_OWNER)
         if hasattr(layer.bias, "device_mesh"):
             raise ValueError(f"{_OWNER}: the head is sharded, where a prior was never tried. Leave bias='prior' out.")
-        with isolate_rng():
+        with isolate_rng(include_cuda=pl_module.device.type == "cuda"):
             prior = prior_bias(self._targets(trainer), layer.out_features, owner=_OWNER)
         with torch.no_grad():
             layer.bias.copy_(prior.to(layer.bias))
@@ -106,6 +106,7 @@ class ZeroInitHead(pl.Callback):
             islice(loader, int(trainer.num_training_batches)),
             total=int(trainer.num_training_batches),
             desc="targets",
+            delay=2,
             leave=False,
             disable=trainer.progress_bar_callback is None or trainer.global_rank > 0,
         )

@@ -62,19 +62,22 @@ def zero_init(layer: nn.Linear) -> None:
 
 @dataclass
 class _Targets:
-    """Sums over the targets of one process."""
+    """What is known of some targets: how many there are, their sums (of classes, the counts), and what they may be."""
 
     rows: int
     sums: Tensor
-    kind: str
+    kinds: set[str]
+
+    def __add__(self, other: _Targets) -> _Targets:
+        return _Targets(self.rows + other.rows, self.sums + other.sums, self.kinds | other.kinds)
 
 
 def prior_bias(targets: Iterable[Tensor], outputs: int, *, owner: str = "prior_bias") -> Tensor:
     """Return the bias with which a head of zero weight predicts the average of the targets, over all processes.
 
-    ``log p_c`` of the class frequencies for whole numbers (``log p - log(1 - p)`` for one output); ``log p - log(1 - p)`` of each
-    column for booleans and for floats that are all 0 or 1, as binary cross-entropy takes them; else each column's mean, for
-    regression. A class that no row has counts as seen once; negative numbers are targets that losses ignore.
+    ``log p_c`` of the class frequencies for whole numbers and several outputs; ``log p - log(1 - p)`` of each column for targets
+    that are all 0 or 1, as binary cross-entropy takes them; else each column's mean, for regression. A class that no row has
+    counts as seen once; negative classes are targets that losses ignore.
 
     Lin et al. 2017, arXiv:1708.02002, section 3.3 (a prior in the last bias).
 
@@ -91,21 +94,19 @@ def prior_bias(targets: Iterable[Tensor], outputs: int, *, owner: str = "prior_b
     >>> prior_bias([torch.tensor([1.0, 2.0, 6.0])], outputs=1)
     tensor([3.], dtype=torch.float64)
     """
-    parts: list[list[_Targets]] = gather_objects([_summed(batch.detach().cpu(), outputs, owner) for batch in targets])
-    found = [batch for part in parts for batch in part]
-    rows, kinds = sum(batch.rows for batch in found), {batch.kind for batch in found if batch.rows}
-    if not rows:
+    none = _Targets(0, torch.zeros(outputs, dtype=torch.float64), set())
+    own = sum((_summed(batch.detach().cpu(), outputs, owner) for batch in targets), none)
+    found = sum(gather_objects(own), none)
+    if not found.rows:
         raise ValueError(f"{owner}: the training data gave no target.")
-    if kinds == {"classes"}:
-        counts: Tensor = torch.stack([batch.sums for batch in found]).sum(0).clamp(min=1)
+    if found.kinds == {"classes"}:
+        counts = found.sums.clamp(min=1)
         return (counts / counts.sum()).log()
-    if "classes" in kinds:
+    if "classes" in found.kinds:
         raise ValueError(f"{owner}: some batches have whole numbers as targets and some have not.")
-    total: Tensor = torch.stack([batch.sums for batch in found]).sum(0)
-    if kinds == {"binary"}:  # one batch with another value makes it a regression
-        seen = total.clamp(min=1, max=max(rows - 1, 1))
-        return (seen / rows).logit()
-    return total / rows
+    if found.kinds == {"binary"}:  # one batch with another value makes it a regression
+        return (found.sums.clamp(min=1, max=max(found.rows - 1, 1)) / found.rows).logit()
+    return found.sums / found.rows
 
 
 def _summed(targets: Tensor, outputs: int, owner: str) -> _Targets:
@@ -113,9 +114,10 @@ def _summed(targets: Tensor, outputs: int, owner: str) -> _Targets:
         kept = targets[targets >= 0]
         if kept.numel() and int(kept.max()) >= outputs:
             raise ValueError(f"{owner}: a target is class {int(kept.max())}, and the head has {outputs} outputs.")
-        return _Targets(kept.numel(), torch.bincount(kept.flatten(), minlength=outputs).double(), "classes")
+        counts = torch.bincount(kept.flatten(), minlength=outputs).double()
+        return _Targets(kept.numel(), counts, {"classes"} if kept.numel() else set())
     if targets.numel() % outputs or (outputs > 1 and targets.shape[-1] != outputs):
         raise ValueError(f"{owner}: targets of shape {tuple(targets.shape)} do not fit a head of {outputs} outputs.")
     columns = targets.double().reshape(-1, outputs)
     binary = bool(((columns == 0) | (columns == 1)).all())
-    return _Targets(len(columns), columns.sum(0), "binary" if binary else "values")
+    return _Targets(len(columns), columns.sum(0), {"binary" if binary else "values"})

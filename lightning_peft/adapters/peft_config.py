@@ -35,7 +35,7 @@ _CHOICE = {
 }
 _PROMPT = {"num_virtual_tokens", "token_dim", "num_transformer_submodules", "num_attention_heads", "num_layers"}
 _START = {
-    "init_lora_weights", "init_ia3_weights", "init_weights", "loftq_config", "eva_config", "corda_config", "lora_ga_config",
+    "init_lora_weights", "init_ia3_weights", "init_weights", "loftq_config", "eva_config",
     "prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs",
 }  # fmt: skip
 _RUNTIME = {
