@@ -20,6 +20,8 @@ FAMILIES = {
     "replay": "old rows and the losses on them",
     "schedule": "what trains now",
     "adapter": "what was added",
+    "flow": "gradients, and steps relative to the weights, by block",
+    "drift": "how far weights are from where they began, by block",
 }
 """Every family of keys, and what it shows."""
 
