@@ -2,21 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import lightning.pytorch as pl
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_info
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 from typing_extensions import override
 
+from lightning_peft.blocks import block_of
 from lightning_peft.callbacks.phase_clock import PhaseClock
+from lightning_peft.callbacks.phase_parameters import PhaseParameters
+from lightning_peft.callbacks.phase_timeline import draw_timeline
 from lightning_peft.callbacks.phases import Phase, Plateau
+from lightning_peft.callbacks.step_rates import StepRates
 from lightning_peft.distributed import check_first_gradients, refuse_unsupported, rewrap
-from lightning_peft.freezing import StillLayers, record_trained, set_trainable, trainable_count, trainable_names
-from lightning_peft.logging import log_values, register_chart
+from lightning_peft.freezing import (
+    StillLayers,
+    drop_frozen_state,
+    record_trained,
+    set_trainable,
+    trainable_count,
+    trainable_names,
+)
+from lightning_peft.logging import log_figure, log_values, register_chart
 from lightning_peft.matching import match_names
 from lightning_peft.one_lightning import refuse_pytorch_lightning
 
@@ -62,6 +74,8 @@ class FreezeSchedule(pl.Callback):
         self.clock = PhaseClock(self.phases)
         self._found: list[str] = []
         self._still = StillLayers()
+        self._rates = StepRates()
+        self._parameters: PhaseParameters | None = None
         self._checked: set[int] = set()
 
     @property
@@ -152,14 +166,15 @@ class FreezeSchedule(pl.Callback):
             ValueError: For globs that match no parameter, or only frozen ones.
         """
         module.configure_model()
-        found = self._found or trainable_names(module)
-        chosen = [self._chosen(number, module, found) for number in range(len(self.phases))]
+        parameters = PhaseParameters(self.phases, module, self._found or trainable_names(module), _OWNER)
         sizes = {name: parameter.numel() for name, parameter in module.named_parameters()}
-        table = Table("phase", "trains", "until", "tensors", "numbers", "of all", title=_OWNER)
-        for number, (phase, names) in enumerate(zip(self.phases, chosen, strict=True)):
+        rates = ["learning rate"] if any(phase.rate != "as set" for phase in self.phases) else []
+        table = Table("phase", "trains", "until", *rates, "tensors", "numbers", "of all", title=_OWNER)
+        for number, (phase, names) in enumerate(zip(self.phases, parameters.chosen, strict=True)):
             count = sum(sizes[name] for name in names)
             share = f"{count / sum(sizes.values()):.1%}"
-            table.add_row(str(number), ", ".join(phase.train), phase.end, str(len(names)), f"{count:,}", share)
+            row = [str(number), ", ".join(phase.train), phase.end, phase.rate, str(len(names)), f"{count:,}", share]
+            table.add_row(*(row if rates else [*row[:3], *row[4:]]))
         Console().print(table)
         return table
 
@@ -188,15 +203,17 @@ class FreezeSchedule(pl.Callback):
         self._found = self._found or trainable_names(pl_module)
         held = {id(p) for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]}
         parameters = dict(pl_module.named_parameters())
-        for number, phase in enumerate(self.phases):
-            without = [
-                name for name in self._chosen(number, pl_module, self._found) if id(parameters[name]) not in held
-            ]
-            if without:
+        self._parameters = PhaseParameters(self.phases, pl_module, self._found, _OWNER)
+        for number, (phase, names) in enumerate(zip(self.phases, self._parameters.chosen, strict=True)):
+            if without := [name for name in names if id(parameters[name]) not in held]:
                 raise ValueError(
                     f"{_OWNER}: phase {number} trains {len(without)} parameters that no optimizer holds, first "
                     f"{without[:3]}. Give configure_optimizers every parameter that a phase trains ({phase.train})."
                 )
+        if any(phase.lr_scale != 1 or phase.warmup_steps for phase in self.phases):
+            self._rates.attach(trainer.optimizers, self._factor_now(trainer, pl_module))
+            for block in dict.fromkeys(map(block_of, self._parameters.names)):
+                register_chart(trainer, "What trains", "learning rates, scaled", [f"schedule/lr/{block}"])
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -224,6 +241,9 @@ class FreezeSchedule(pl.Callback):
         ):  # a validation in mid-epoch saw it; never among accumulated gradients
             self._move_on(trainer, pl_module)
         self._still.keep(pl_module)  # somebody may have called train()
+        if self._rates.attached and trainer.global_step % cast("Any", trainer).log_every_n_steps == 0:
+            rates = self._rates.present(trainer.optimizers, pl_module)
+            log_values(trainer, {f"schedule/lr/{block}": rate for block, rate in rates.items()})
 
     @override
     def on_before_optimizer_step(
@@ -257,6 +277,9 @@ class FreezeSchedule(pl.Callback):
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._log(trainer, pl_module, self.number)  # the last tread of the staircase is as long as its phase
+        assert self._parameters is not None
+        timeline = draw_timeline(self.clock.history, trainer.global_step, self._parameters.shares(pl_module))
+        log_figure(trainer, "schedule/timeline", timeline)
 
     @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -279,19 +302,15 @@ class FreezeSchedule(pl.Callback):
             )
         self.clock.load_state_dict(state_dict)
 
-    def _chosen(self, number: int, pl_module: pl.LightningModule, found: list[str]) -> list[str]:
-        """Return the names of the parameters that a phase trains, of those that were ``found`` free."""
-        phase = self.phases[number]
-        names = [name for name, _ in pl_module.named_parameters()]
-        matched = match_names(names, phase.train, owner=f"{_OWNER}: phase {number}", kind="parameter")
-        allowed = set(names if phase.thaw_base else found)
-        chosen = [name for name in matched if name in allowed]
-        if not chosen:
-            raise ValueError(
-                f"{_OWNER}: phase {number} ({phase.train}) matches {len(matched)} parameters, all of them frozen when "
-                f"the run began, first {matched[:3]}. Write Phase(..., thaw_base=True) to free them."
-            )
-        return chosen
+    def _factor_now(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Callable[[Tensor], float]:
+        names = {id(parameter): name for name, parameter in pl_module.named_parameters()}
+        parameters, clock = self._parameters, self.clock
+        assert parameters is not None
+
+        def factor(parameter: Tensor) -> float:
+            return parameters.factor(clock.number, names.get(id(parameter), ""), trainer.global_step - clock.began_step)
+
+        return factor
 
     def _move_on(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *, in_epoch: int | None = None) -> None:
         before = self.number
@@ -300,8 +319,12 @@ class FreezeSchedule(pl.Callback):
             self._apply(trainer, pl_module)
 
     def _apply(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if set_trainable(pl_module, self._chosen(self.number, pl_module, self._found)):
+        assert self._parameters is not None
+        if set_trainable(pl_module, self._parameters.chosen[self.number]):
             rewrap(trainer, pl_module)
+        if self.clock.phase.frozen_state == "reset":
+            drop_frozen_state(trainer.optimizers)
+        self.clock.note(trainer.global_step)
         self._checked.clear()
         self._still.choose(pl_module, dropout=not self.clock.phase.frozen_dropout)
         count = trainable_count(pl_module)
@@ -313,7 +336,8 @@ class FreezeSchedule(pl.Callback):
         log_values(trainer, {"schedule/phase": number, "schedule/trainable_parameters": count}, step=step)
 
     def _give_back(self, pl_module: pl.LightningModule) -> None:
-        """Leave the flags as they were found, so that the next fit chooses among the same parameters."""
+        """Leave flags and rates as they were found, so that the next fit chooses among the same parameters."""
+        self._rates.detach()
         if self._found:
             set_trainable(pl_module, self._found)
             self._found = []

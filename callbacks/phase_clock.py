@@ -21,6 +21,7 @@ class PhaseClock:
     def __init__(self, phases: Sequence[Phase]) -> None:
         self.phases = phases
         self.number, self.began_epoch, self.began_step = 0, 0, 0
+        self.history: list[tuple[int, int]] = []
         self.over = False
         self.stepped, self._step_seen = True, 0
 
@@ -38,6 +39,11 @@ class PhaseClock:
         self.number, self.began_epoch, self.began_step, self.over = number, epoch, step, False
         if isinstance(until := self.phase.until, Plateau):
             until.start()
+
+    def note(self, step: int) -> None:
+        """Put the phase into the history, as it begins to train."""
+        if not self.history or self.history[-1][0] != self.number:
+            self.history.append((self.number, step))
 
     def start(self, trainer: pl.Trainer) -> None:
         """Take up counting where a run begins or goes on."""
@@ -84,11 +90,14 @@ class PhaseClock:
         until = self.phase.until
         seen = {"best": until.best, "bad_checks": until.bad_checks} if isinstance(until, Plateau) else {}
         began = {"began_epoch": self.began_epoch, "began_step": self.began_step}
-        return {"number": self.number, **began, "over": self.over, "plateau": seen}
+        history = [list(entry) for entry in self.history]
+        return {"number": self.number, **began, "over": self.over, "plateau": seen, "history": history}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from what a checkpoint kept."""
         self.begin(state["number"], state["began_epoch"], state["began_step"])
-        self.over = state.get("over", False)  # not in checkpoints of phases by steps and epochs alone
+        # Checkpoints of version 0.1 have neither.
+        self.over = state.get("over", False)
+        self.history = [(number, step) for number, step in state.get("history", [])]
         if isinstance(until := self.phase.until, Plateau) and (seen := state.get("plateau")):
             until.best, until.bad_checks = seen["best"], seen["bad_checks"]

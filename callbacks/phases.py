@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -93,12 +93,17 @@ class Phase:
         steps: Length in optimizer steps. The last phase of a schedule may have no end and lasts to that of the run.
         until: What else ends the phase: a :class:`Plateau`, or a function of trainer and module that is asked after every
             optimizer step and returns whether to go on to the next phase.
+        lr_scale: Factor of the learning rate that the optimizer and its LR schedulers say: one for all, or factors by glob, of
+            which the first that matches a parameter counts (none: 1).
+        warmup_steps: Optimizer steps in which the rate of what this phase frees rises linearly: step k of n takes k/n of it.
         thaw_base: Let the globs also free parameters that were frozen when the run began, such as the base under a
             LoRA.
         frozen_dropout: Whether dropout stays on in modules of which nothing trains.
+        frozen_state: What becomes of the optimizer's state (momentum, Adam's moments) of what does not train in this phase:
+            ``"keep"`` it for later, or ``"reset"`` it, which gives back its memory. What never trained has none yet.
 
     Raises:
-        ValueError: If no glob is given, or more than one end is, or a length is not positive.
+        ValueError: If no glob is given, or more than one end is, or a number is out of its range.
 
     >>> Phase(train=["head.*"], steps=30).steps
     30
@@ -108,8 +113,11 @@ class Phase:
     epochs: int | None = None
     steps: int | None = None
     until: Plateau | Until | None = None
+    lr_scale: float | dict[str, float] = 1.0
+    warmup_steps: int = 0
     thaw_base: bool = False
     frozen_dropout: bool = True
+    frozen_state: Literal["keep", "reset"] = "keep"
 
     def __post_init__(self) -> None:
         """Check what can be known without a network."""
@@ -123,6 +131,22 @@ class Phase:
                 raise ValueError(f"Phase: {unit}={length!r} must be a whole number of at least 1.")
         if self.until is not None and not callable(self.until) and not isinstance(self.until, Plateau):
             raise ValueError(f"Phase: until={self.until!r} must be a Plateau or a function of trainer and module.")
+        for factor in self.lr_scale.values() if isinstance(self.lr_scale, Mapping) else [self.lr_scale]:
+            if isinstance(factor, bool) or not isinstance(factor, int | float) or not 0 < factor < math.inf:
+                raise ValueError(
+                    f"Phase: lr_scale={self.lr_scale!r} must be above 0; what should not move is left out of train."
+                )
+        if isinstance(self.warmup_steps, bool) or not isinstance(self.warmup_steps, int) or self.warmup_steps < 0:
+            raise ValueError(f"Phase: warmup_steps={self.warmup_steps!r} must be a whole number, 0 for none.")
+        if self.frozen_state not in ("keep", "reset"):
+            raise ValueError(f"Phase: frozen_state={self.frozen_state!r} is unknown; take one of keep, reset.")
+
+    @property
+    def rate(self) -> str:
+        """What becomes of the learning rate, in words."""
+        scales = self.lr_scale if isinstance(self.lr_scale, Mapping) else {"": self.lr_scale}
+        words = [f"{f'{glob} ' if glob else ''}x {factor:g}" for glob, factor in scales.items() if factor != 1 or glob]
+        return ", ".join([*words, *([f"warm-up {self.warmup_steps}"] if self.warmup_steps else [])]) or "as set"
 
     @property
     def endless(self) -> bool:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
+from torch.optim import Optimizer
 
 from lightning_peft.adapters.attachment import attachment_of
 
@@ -44,6 +45,13 @@ def set_trainable(module: nn.Module, names: Collection[str]) -> bool:
         if (attachment := attachment_of(child)) is not None:
             attachment.expected = set(trainable_names(child))
     return changed
+
+
+def drop_frozen_state(optimizers: Iterable[Optimizer]) -> None:
+    """Forget momentum and moments of what does not train; a parameter that is freed again begins without any."""
+    for optimizer in optimizers:
+        for parameter in [parameter for parameter in optimizer.state if not parameter.requires_grad]:
+            del optimizer.state[parameter]
 
 
 def record_trained(module: nn.Module) -> None:

@@ -6,12 +6,15 @@ A key is ``family/name``. Families are few, so that one glob finds all that belo
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary, WeakSet
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure  # slow to import, seldom needed
 
 FAMILIES = {
     "learn": "how well the new task goes",
@@ -64,6 +67,26 @@ def log_values(trainer: pl.Trainer, values: Mapping[str, float], *, step: int | 
     for logger in trainer.loggers:
         logger.log_metrics(dict(values), step=trainer.global_step if step is None else step)
     trainer.callback_metrics.update({key: torch.tensor(value) for key, value in values.items()})
+
+
+def log_figure(trainer: pl.Trainer, key: str, figure: Figure, *, step: int | None = None) -> None:
+    """Send a picture to every TensorBoard logger of a trainer; a later one under the same key and step stands beside it.
+
+    Args:
+        trainer: A trainer with any number of loggers, also none.
+        key: Where it stands, as ``schedule/timeline``.
+        figure: What to show.
+        step: The optimizer step that it belongs to; unset, the present one.
+
+    Raises:
+        ValueError: For a key that does not follow the grammar.
+    """
+    if trainer.is_global_zero:
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                logger.experiment.add_figure(
+                    check_key(key), figure, trainer.global_step if step is None else step, close=False
+                )
 
 
 def register_chart(trainer: pl.Trainer, category: str, chart: str, keys: Sequence[str]) -> None:
