@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 
@@ -47,6 +48,18 @@ def gather_objects(value: Any) -> list[Any]:
     values = [None] * world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """Return this process's share of a tensor that FSDP2 has split; any other tensor is its own."""
+    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
+
+
+def as_part_of(whole: Tensor, part: Tensor) -> Tensor:
+    """Return a share of a tensor split as ``whole`` is; a plain ``whole`` is not split."""
+    if isinstance(whole, DTensor):
+        return DTensor.from_local(part, whole.device_mesh, whole.placements, shape=whole.shape, stride=whole.stride())
+    return part
 
 
 def refuse_unsupported(trainer: pl.Trainer, owner: str) -> None:

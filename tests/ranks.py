@@ -7,6 +7,7 @@ GPUs with NCCL.
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 import tempfile
 import traceback
@@ -21,11 +22,12 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import BackboneFinetuning
 from safetensors.torch import load_file
-from torch.utils.data import DataLoader, DistributedSampler
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from torchmetrics import MeanMetric
 
 from lightning_peft import LoRA, LoRAMixin, ReplayMixin, save_adapter
 from lightning_peft.callbacks import (
+    ExactResume,
     ForgettingEvaluation,
     FreezeSchedule,
     OldTask,
@@ -70,19 +72,31 @@ class ReplayToy(ReplayMixin, RankToy):
         return in_batch_contrastive(self.backbone(x), self.backbone(x + 0.1 * x.roll(1, dims=1)))
 
 
-def fit(module: pl.LightningModule, *callbacks: pl.Callback, epochs: int = 2, **options: Any) -> pl.Trainer:
+def fit(
+    module: pl.LightningModule,
+    *callbacks: pl.Callback,
+    epochs: int = 2,
+    ckpt_path: Path | None = None,
+    seed: int = 5,
+    **options: Any,
+) -> pl.Trainer:
     """Train in float64, on every process of the group if there is one."""
-    pl.seed_everything(5, verbose=False)
+    pl.seed_everything(seed, verbose=False)
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "max_epochs": epochs}
     where = {"accelerator": ACCELERATOR, "devices": world_size() if dist.is_initialized() else 1}
     trainer = pl.Trainer(
-        **{**quiet, **where, "strategy": "ddp" if dist.is_initialized() else "auto", **options},
+        **{
+            **quiet,
+            **where,
+            "strategy": "ddp" if dist.is_initialized() else "auto",
+            "use_distributed_sampler": False,
+            **options,
+        },
         callbacks=list(callbacks),
         enable_checkpointing=False,
-        use_distributed_sampler=False,
         default_root_dir=tempfile.gettempdir(),
     )
-    trainer.fit(module.double())
+    trainer.fit(module.double(), ckpt_path=ckpt_path)
     return trainer
 
 
@@ -166,26 +180,81 @@ def thawing_the_base() -> Result:
     return trained(LoRAToy(), schedule)
 
 
+def shared_folder() -> Path:
+    """A folder that every process sees: its path is fixed, and the cases of a launch run one after the other."""
+    name = f"lightning-peft-ranks-{world_size()}-{os.environ.get('MASTER_PORT', os.getpid())}"
+    folder = Path(tempfile.gettempdir()) / name
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+def remove(folder: Path) -> None:
+    """Remove a folder once every process is done with it."""
+    if dist.is_initialized():
+        dist.barrier()
+    if rank() == 0:
+        shutil.rmtree(folder)
+    if dist.is_initialized():
+        dist.barrier()
+
+
 def resuming_in_a_later_phase() -> Result:
-    # Every process must see one folder, so the path is fixed; the launcher's cases run one after the other.
-    path = (
-        Path(tempfile.gettempdir())
-        / f"lightning-peft-ranks-{world_size()}-{os.environ.get('MASTER_PORT', os.getpid())}"
-    )
+    folder = shared_folder()
+    path = folder / "first.ckpt"
     first = fit(RankToy(), FreezeSchedule.head_first("head", epochs=1), epochs=2)
     first.save_checkpoint(path)
     resumed = RankToy()
-    trainer = pl.Trainer(
-        accelerator=ACCELERATOR, devices=first.num_devices, max_epochs=3, logger=False, enable_progress_bar=False,
-        strategy="ddp" if dist.is_initialized() else "auto", use_distributed_sampler=False, enable_checkpointing=False,
-        enable_model_summary=False, callbacks=[FreezeSchedule.head_first("head", epochs=1)],
-    )  # fmt: skip
-    trainer.fit(resumed.double(), ckpt_path=path)
-    trainer.strategy.barrier()
-    if rank() == 0:
-        path.unlink()
-    trainer.strategy.barrier()
+    fit(resumed, FreezeSchedule.head_first("head", epochs=1), epochs=3, ckpt_path=path)
+    remove(folder)
     return cpu(resumed)
+
+
+class RandomRows(Dataset):
+    """Rows that are transformed at random as they are read."""
+
+    def __init__(self) -> None:
+        self.rows = rows(48, dtype=torch.float64)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        x, y = self.rows[index]
+        return x + 0.1 * torch.randn(4, dtype=torch.float64), y
+
+
+class RandomToy(Toy):
+    """Dropout, random rows, and Lightning's own sampler: every process draws numbers of its own."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(5)
+        super().__init__(dropout=0.3)
+
+    def train_dataloader(self) -> DataLoader:
+        return DataLoader(RandomRows(), BATCH // world_size(), shuffle=True)
+
+
+def resuming_exactly() -> Result:
+    """Killed after each of these batches, among them a boundary and half-accumulated gradients: nothing is lost."""
+    folder = shared_folder()
+
+    class Keep(pl.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            trainer.save_checkpoint(folder / f"{trainer.current_epoch * 4 + batch_idx + 1}.ckpt")
+
+    def run(*more: pl.Callback, ckpt_path: Path | None = None, seed: int = 5) -> Result:
+        net = RandomToy()
+        schedule = FreezeSchedule([Phase(["head.*"], steps=2), Phase(["*"], lr_scale=0.5, warmup_steps=2)])
+        options = {"accumulate_grad_batches": 2, "use_distributed_sampler": True, "ckpt_path": ckpt_path, "seed": seed}
+        fit(net, schedule, ExactResume(), *more, epochs=3, **options)
+        return cpu(net)
+
+    whole = run(Keep())
+    for stop in (1, 3, 4, 5, 8):
+        again = run(ckpt_path=folder / f"{stop}.ckpt", seed=99 + rank())
+        assert all(torch.equal(again[name], whole[name]) for name in whole), f"after {stop} batches"
+    remove(folder)
+    return {}
 
 
 def lightning_s_own_unfreezing() -> Result:
@@ -325,6 +394,7 @@ CASES: dict[str, Callable[[], Result]] = {
         starting_at_the_prior,
         thawing_the_base,
         resuming_in_a_later_phase,
+        resuming_exactly,
         lightning_s_own_unfreezing,
         mixing_old_rows_in,
         replaying_beside,
