@@ -13,8 +13,9 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from typing_extensions import override
 
+from lightning_peft.callbacks.plateau_looks import PlateauLooks
 from lightning_peft.data.resumable_loader import LoaderPosition, can_go_on, goes_on_by_itself, resumable
-from lightning_peft.distributed import as_part_of, gather_objects, local_part, rank
+from lightning_peft.distributed import as_part_of, gather_objects, local_part, own_buffers, rank
 from lightning_peft.one_lightning import refuse_pytorch_lightning
 from lightning_peft.randomness import RandomState, random_state, set_random_state
 from lightning_peft.train_loader import change_train_loader
@@ -28,8 +29,9 @@ class ExactResume(pl.Callback):
 
     Lightning's checkpoints hold weights, optimizers, schedulers and counters. This adds, for every process, the state of all
     random generators (Python, numpy, torch, CUDA), the position in map-style loaders, and the gradients of a batch that is
-    accumulated by halves. Loaders that keep their own position (``state_dict`` and ``load_state_dict``) are left to do so; one
-    that can do neither is named in a warning.
+    accumulated by halves. It makes up for the look at its metric that a ``ReduceLROnPlateau`` takes after the checkpoint is
+    written, and that Lightning leaves out when it resumes. Loaders that keep their own position (``state_dict`` and
+    ``load_state_dict``) are left to do so; one that can do neither is named in a warning.
 
     **The trap:** what validation draws is taken back, so that the random numbers of training do not depend on how often it is
     validated. A run with this callback and random validation loaders thus differs from one without.
@@ -50,6 +52,7 @@ class ExactResume(pl.Callback):
         self._device: torch.device | None = None
         self._positions: list[LoaderPosition] = []
         self._step = 0
+        self._looks = PlateauLooks()
         self._random: RandomState | None = None
         self._resume: dict[str, Any] | None = None
 
@@ -65,7 +68,10 @@ class ExactResume(pl.Callback):
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        own: dict[str, Any] = {"random": self._random if trainer.validating else random_state(self._device)}
+        own: dict[str, Any] = {
+            "random": self._random if trainer.validating else random_state(self._device),
+            "buffers": own_buffers(pl_module),
+        }
         ended = trainer.is_last_batch  # of the epoch: what loaders have left is not asked for
         own["positions"] = {
             number: position.state_dict(at_the_end=ended) for number, position in enumerate(self._positions)
@@ -73,7 +79,11 @@ class ExactResume(pl.Callback):
         if trainer.global_step == self._step:
             own["gradients"] = _gradients(pl_module)
         seed = os.environ.get(_GLOBAL_SEED)
-        checkpoint["callbacks"][self.state_key] = {"processes": gather_objects(own), "seed": seed}
+        checkpoint["callbacks"][self.state_key] = {
+            "processes": gather_objects(own),
+            "seed": seed,
+            "plateaus": self._looks.due(trainer),
+        }
 
     @override
     def on_load_checkpoint(
@@ -96,12 +106,17 @@ class ExactResume(pl.Callback):
             )
         if saved["seed"] is not None:
             os.environ[_GLOBAL_SEED] = saved["seed"]
-        self._resume = processes[rank()]
+        self._resume = {**processes[rank()], "plateaus": saved["plateaus"]}
         self._random = self._resume["random"]
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._step = -1
+        self._looks.nothing_is_due()
+        if self._resume is not None:
+            self._looks.make_up(trainer, pl_module, self._resume["plateaus"])
+            for name, buffer in self._resume["buffers"].items():
+                pl_module.get_buffer(name).copy_(buffer)
         if self._random is not None:
             set_random_state(self._random, self._device)
 
@@ -113,17 +128,28 @@ class ExactResume(pl.Callback):
             _give_gradients(pl_module, self._resume.get("gradients", {}))
             self._resume = None
         self._step = trainer.global_step
+        self._looks.nothing_is_due()
 
     @override
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self._random = random_state(self._device)
+        self._looks.after_batch(batch_idx, stepped=trainer.global_step != self._step, last=trainer.is_last_batch)
 
     @override
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.state.fn == "fit" and not trainer.sanity_checking and self._random is not None:
             set_random_state(self._random, self._device)
+            self._looks.validated = True
+
+    @override
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._looks.after_epoch()
+
+    @override
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._looks.nothing_is_due()
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what belongs to a run."""

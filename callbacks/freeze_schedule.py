@@ -19,7 +19,13 @@ from lightning_peft.callbacks.phase_parameters import PhaseParameters
 from lightning_peft.callbacks.phase_timeline import draw_timeline
 from lightning_peft.callbacks.phases import Phase, Plateau
 from lightning_peft.callbacks.step_rates import StepRates
-from lightning_peft.distributed import check_first_gradients, refuse_unsupported, rewrap
+from lightning_peft.distributed import (
+    check_first_gradients,
+    expect_state_of,
+    names_with_state,
+    refuse_unsupported,
+    rewrap,
+)
 from lightning_peft.freezing import (
     StillLayers,
     drop_frozen_state,
@@ -214,6 +220,7 @@ class FreezeSchedule(pl.Callback):
             self._rates.attach(trainer.optimizers, self._factor_now(trainer, pl_module))
             for block in dict.fromkeys(map(block_of, self._parameters.names)):
                 register_chart(trainer, "What trains", "learning rates, scaled", [f"schedule/lr/{block}"])
+        expect_state_of(trainer, pl_module, self.state_key)
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -292,6 +299,12 @@ class FreezeSchedule(pl.Callback):
     @override
     def state_dict(self) -> dict[str, Any]:
         return self.clock.state_dict()
+
+    @override
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        checkpoint["callbacks"][self.state_key]["with_state"] = names_with_state(trainer, pl_module)
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

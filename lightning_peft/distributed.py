@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -75,6 +76,42 @@ def refuse_unsupported(trainer: pl.Trainer, owner: str) -> None:
         )
 
 
+def names_with_state(trainer: pl.Trainer, pl_module: pl.LightningModule) -> list[str]:
+    """List the parameters for which an optimizer has a state: those that have taken a step."""
+    states = [optimizer.state for optimizer in trainer.optimizers]
+    return [name for name, parameter in pl_module.named_parameters() if any(state.get(parameter) for state in states)]
+
+
+def expect_state_of(trainer: pl.Trainer, pl_module: pl.LightningModule, owner: str) -> None:
+    """Let FSDP2 restore the optimizers of a run in which some parameters have taken no step yet.
+
+    ``ModelParallelStrategy`` restores optimizers before any callback sees the checkpoint, and stops at a parameter that requires a
+    gradient but has no state. So whoever freezes parameters looks into the checkpoint first, and frees them afterwards.
+
+    Args:
+        trainer: The trainer, in ``on_fit_start``.
+        pl_module: The module to be restored.
+        owner: Key of the callback whose state holds the ``names_with_state``.
+    """
+    strategy = trainer.strategy
+    if not isinstance(strategy, ModelParallelStrategy):
+        return
+    vars(strategy).pop("load_checkpoint", None)
+    load = strategy.load_checkpoint
+
+    def load_checkpoint(checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
+        del strategy.load_checkpoint
+        path = Path(checkpoint_path)
+        file = path / "meta.pt" if path.is_dir() else path  # a folder if every process wrote its share
+        kept = torch.load(file, map_location="cpu", mmap=path.is_file(), weights_only=bool(weights_only))["callbacks"]
+        names = kept.get(owner, {}).get("with_state")
+        for name, parameter in pl_module.named_parameters() if names is not None else ():
+            parameter.requires_grad_(name in names)
+        return load(checkpoint_path, weights_only=weights_only)
+
+    strategy.load_checkpoint = load_checkpoint  # type: ignore[method-assign]
+
+
 def rewrap(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
     """Let DDP see anew which parameters train; a no-op on other strategies.
 
@@ -93,6 +130,20 @@ def rewrap(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
     strategy.model = None  # the old reducer removes its autograd hooks when it goes
     strategy.model = pl_module
     strategy.configure_ddp()
+
+
+def own_buffers(module: nn.Module) -> dict[str, Tensor]:
+    """Return the buffers in which the processes differ; a checkpoint holds those of only one of them.
+
+    FSDP2, and DDP with ``broadcast_buffers=False``, let each process keep its own batch normalisation statistics.
+    """
+    buffers = {name: buffer.detach() for name, buffer in module.named_buffers()}
+    if world_size() == 1 or not buffers:
+        return {}
+    digests: list[dict[str, str]] = gather_objects(
+        {name: _digest(local_part(buffer)) for name, buffer in buffers.items()}
+    )
+    return {name: buffer.cpu() for name, buffer in buffers.items() if len({found.get(name) for found in digests}) > 1}
 
 
 def check_ranks_agree(named: Iterable[tuple[str, Tensor]], when: str) -> None:

@@ -7,7 +7,6 @@ GPUs with NCCL.
 from __future__ import annotations
 
 import os
-import shutil
 import sys
 import tempfile
 import traceback
@@ -22,12 +21,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import BackboneFinetuning
 from safetensors.torch import load_file
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import DataLoader, DistributedSampler
 from torchmetrics import MeanMetric
 
 from lightning_peft import LoRA, LoRAMixin, ReplayMixin, save_adapter
 from lightning_peft.callbacks import (
-    ExactResume,
     ForgettingEvaluation,
     FreezeSchedule,
     OldTask,
@@ -39,6 +37,7 @@ from lightning_peft.callbacks import (
 from lightning_peft.distributed import gather_rows, rank, world_size
 from lightning_peft.losses import in_batch_contrastive
 from lightning_peft.metrics import RecallAtOne
+from tests.resume_matrix import differences, remove, shared_folder
 from tests.toy import Toy, rows, weights
 
 BATCH = 12  # rows of a step over all processes
@@ -180,24 +179,6 @@ def thawing_the_base() -> Result:
     return trained(LoRAToy(), schedule)
 
 
-def shared_folder() -> Path:
-    """A folder that every process sees: its path is fixed, and the cases of a launch run one after the other."""
-    name = f"lightning-peft-ranks-{world_size()}-{os.environ.get('MASTER_PORT', os.getpid())}"
-    folder = Path(tempfile.gettempdir()) / name
-    folder.mkdir(exist_ok=True)
-    return folder
-
-
-def remove(folder: Path) -> None:
-    """Remove a folder once every process is done with it."""
-    if dist.is_initialized():
-        dist.barrier()
-    if rank() == 0:
-        shutil.rmtree(folder)
-    if dist.is_initialized():
-        dist.barrier()
-
-
 def resuming_in_a_later_phase() -> Result:
     folder = shared_folder()
     path = folder / "first.ckpt"
@@ -209,51 +190,14 @@ def resuming_in_a_later_phase() -> Result:
     return cpu(resumed)
 
 
-class RandomRows(Dataset):
-    """Rows that are transformed at random as they are read."""
-
-    def __init__(self) -> None:
-        self.rows = rows(48, dtype=torch.float64)
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        x, y = self.rows[index]
-        return x + 0.1 * torch.randn(4, dtype=torch.float64), y
+def resuming_exactly_under_ddp() -> Result:
+    """Killed after each of these batches, among them boundaries of phases and half-accumulated gradients: nothing is lost."""
+    assert set(differences("ddp", "OneCycleLR", [1, 3, 4, 5, 8], accumulate=2).values()) == {0.0}
+    return {}
 
 
-class RandomToy(Toy):
-    """Dropout, random rows, and Lightning's own sampler: every process draws numbers of its own."""
-
-    def __init__(self) -> None:
-        torch.manual_seed(5)
-        super().__init__(dropout=0.3)
-
-    def train_dataloader(self) -> DataLoader:
-        return DataLoader(RandomRows(), BATCH // world_size(), shuffle=True)
-
-
-def resuming_exactly() -> Result:
-    """Killed after each of these batches, among them a boundary and half-accumulated gradients: nothing is lost."""
-    folder = shared_folder()
-
-    class Keep(pl.Callback):
-        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-            trainer.save_checkpoint(folder / f"{trainer.current_epoch * 4 + batch_idx + 1}.ckpt")
-
-    def run(*more: pl.Callback, ckpt_path: Path | None = None, seed: int = 5) -> Result:
-        net = RandomToy()
-        schedule = FreezeSchedule([Phase(["head.*"], steps=2), Phase(["*"], lr_scale=0.5, warmup_steps=2)])
-        options = {"accumulate_grad_batches": 2, "use_distributed_sampler": True, "ckpt_path": ckpt_path, "seed": seed}
-        fit(net, schedule, ExactResume(), *more, epochs=3, **options)
-        return cpu(net)
-
-    whole = run(Keep())
-    for stop in (1, 3, 4, 5, 8):
-        again = run(ckpt_path=folder / f"{stop}.ckpt", seed=99 + rank())
-        assert all(torch.equal(again[name], whole[name]) for name in whole), f"after {stop} batches"
-    remove(folder)
+def resuming_exactly_under_fsdp2() -> Result:
+    assert set(differences("fsdp2", "ReduceLROnPlateau", [1, 2, 3, 5]).values()) == {0.0}
     return {}
 
 
@@ -394,7 +338,8 @@ CASES: dict[str, Callable[[], Result]] = {
         starting_at_the_prior,
         thawing_the_base,
         resuming_in_a_later_phase,
-        resuming_exactly,
+        resuming_exactly_under_ddp,
+        resuming_exactly_under_fsdp2,
         lightning_s_own_unfreezing,
         mixing_old_rows_in,
         replaying_beside,
