@@ -6,8 +6,10 @@ if __name__ == "callbacks":
 from lightning_peft.callbacks.exact_resume import ExactResume
 from lightning_peft.callbacks.forgetting_evaluation import ForgettingEvaluation
 from lightning_peft.callbacks.freeze_schedule import FreezeSchedule
+from lightning_peft.callbacks.gradient_flow import GradientFlow
 from lightning_peft.callbacks.phases import Phase, Plateau
 from lightning_peft.callbacks.replay_mixing import ReplayMixing
+from lightning_peft.callbacks.weight_drift import WeightDrift
 from lightning_peft.callbacks.zero_init_head import ZeroInitHead
 from lightning_peft.old_task import OldTask
 
@@ -15,9 +17,11 @@ __all__ = [
     "ExactResume",
     "ForgettingEvaluation",
     "FreezeSchedule",
+    "GradientFlow",
     "OldTask",
     "Phase",
     "Plateau",
     "ReplayMixing",
+    "WeightDrift",
     "ZeroInitHead",
 ]

@@ -20,7 +20,9 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import BackboneFinetuning
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from safetensors.torch import load_file
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.utils.data import DataLoader, DistributedSampler
 from torchmetrics import MeanMetric
 
@@ -28,10 +30,12 @@ from lightning_peft import LoRA, LoRAMixin, ReplayMixin, save_adapter
 from lightning_peft.callbacks import (
     ForgettingEvaluation,
     FreezeSchedule,
+    GradientFlow,
     OldTask,
     Phase,
     Plateau,
     ReplayMixing,
+    WeightDrift,
     ZeroInitHead,
 )
 from lightning_peft.distributed import gather_rows, rank, world_size
@@ -114,6 +118,32 @@ def three_phases() -> FreezeSchedule:
 
 def unfreezing_by_steps() -> Result:
     return trained(RankToy(), three_phases())
+
+
+VARIANTS: dict[str, Callable[[], DDPStrategy]] = {
+    "find_unused_parameters": lambda: DDPStrategy(find_unused_parameters=True),
+    "static_graph": lambda: DDPStrategy(static_graph=True),
+    "gradient_as_bucket_view": lambda: DDPStrategy(gradient_as_bucket_view=True),
+    "a communication hook": lambda: DDPStrategy(ddp_comm_hook=default_hooks.allreduce_hook),
+    "small buckets": lambda: DDPStrategy(bucket_cap_mb=1e-4),
+}
+
+
+def unfreezing_under_variants_of_ddp() -> Result:
+    """One result for all: none may differ from another by a bit."""
+    found = [
+        trained(RankToy(), three_phases(), strategy=made() if dist.is_initialized() else "auto")
+        for made in VARIANTS.values()
+    ]
+    assert all(torch.allclose(found[0][name], other[name], rtol=0, atol=1e-15) for other in found for name in other)
+    return found[0]
+
+
+def unfreezing_full_weights_under_fsdp2() -> Result:
+    net = Sharded()
+    fit(net, three_phases(), strategy=ModelParallelStrategy(world_size(), 1) if dist.is_initialized() else "auto")
+    whole = {name: v.full_tensor() if hasattr(v, "full_tensor") else v for name, v in net.state_dict().items()}
+    return {name: value.detach().clone().cpu() for name, value in whole.items()}
 
 
 def unfreezing_by_epochs() -> Result:
@@ -302,9 +332,8 @@ def drifted_replicas_are_noticed() -> Result:
 
 def sharding_a_lora_with_fsdp2() -> Result:
     """FSDP2 on every process: the adapter comes before the sharding, and trains as in one process."""
-    from lightning.pytorch.strategies import ModelParallelStrategy
 
-    class Sharded(LoRAToy):
+    class ShardedLoRA(LoRAToy):
         def configure_model(self) -> None:
             super().configure_model()
             if world_size() > 1:
@@ -313,7 +342,7 @@ def sharding_a_lora_with_fsdp2() -> Result:
                 fully_shard(self, mesh=self.device_mesh["data_parallel"])
 
     strategy = ModelParallelStrategy(world_size(), 1) if dist.is_initialized() else "auto"
-    net = Sharded()
+    net = ShardedLoRA()
     fit(net, FreezeSchedule.head_first("head", steps=3), strategy=strategy)
     state = {
         name: value.full_tensor() if hasattr(value, "full_tensor") else value
@@ -324,11 +353,58 @@ def sharding_a_lora_with_fsdp2() -> Result:
     return {name: value.detach().clone().cpu() for name, value in state.items()}
 
 
+class DecayingToy(RankToy):
+    """AdamW, whose decay is decoupled, on weights only."""
+
+    def configure_optimizers(self):
+        biases, others = [], []
+        for name, parameter in self.named_parameters():
+            (biases if name.endswith("bias") else others).append(parameter)
+        groups = [{"params": biases, "weight_decay": 0.0}, {"params": others, "weight_decay": 0.5}]
+        return torch.optim.AdamW(groups, lr=0.02)
+
+
+class Sharded(DecayingToy):
+    def configure_model(self) -> None:
+        if isinstance(self.trainer.strategy, ModelParallelStrategy):
+            from torch.distributed.fsdp import fully_shard
+
+            fully_shard(self, mesh=self.device_mesh["data_parallel"])
+
+
+def watched(module: pl.LightningModule, *callbacks: pl.Callback, **options: Any) -> Result:
+    """All that GradientFlow and WeightDrift saw."""
+    flow, drift = GradientFlow(2, first=3), WeightDrift(3)
+    fit(module, *callbacks, flow, drift, **options)
+    tables = (("norm", flow.norms), ("update", flow.updates))
+    seen = {f"{kind} {block} {n}": v for kind, table in tables for block, found in table.items() for n, v in found}
+    seen |= {f"{kind} {block}": value for block, found in drift.values.items() for kind, value in found.items()}
+    for name, found in drift.state_dict()["drifts"].items():
+        seen |= {f"{kind} {name}": found[kind].cpu() for kind in ("reference", "decayed") if found[kind] is not None}
+    return seen
+
+
+def watching_gradients_and_drift() -> Result:
+    return watched(DecayingToy(), FreezeSchedule.head_first("head", steps=2), gradient_clip_val=0.3)
+
+
+def watching_sharded_weights_through_a_resume() -> Result:
+    folder, sharded = shared_folder(), ModelParallelStrategy(world_size(), 1) if dist.is_initialized() else "auto"
+    first = fit(Sharded(), GradientFlow(2, first=3), WeightDrift(3), strategy=sharded)
+    first.save_checkpoint(folder / "first.ckpt")
+    sharded = ModelParallelStrategy(world_size(), 1) if dist.is_initialized() else "auto"
+    seen = watched(Sharded(), strategy=sharded, epochs=3, ckpt_path=folder / "first.ckpt")
+    remove(folder)
+    return seen
+
+
 CASES: dict[str, Callable[[], Result]] = {
     case.__name__: case
     for case in (
         gathering_uneven_rows,
         unfreezing_by_steps,
+        unfreezing_under_variants_of_ddp,
+        unfreezing_full_weights_under_fsdp2,
         unfreezing_by_epochs,
         unfreezing_while_accumulating,
         unfreezing_when_a_metric_is_flat,
@@ -346,6 +422,8 @@ CASES: dict[str, Callable[[], Result]] = {
         replaying_fewer_rows_than_processes,
         everything_together,
         measuring_an_uneven_set,
+        watching_gradients_and_drift,
+        watching_sharded_weights_through_a_resume,
         drifted_replicas_are_noticed,
         sharding_a_lora_with_fsdp2,
     )
