@@ -31,6 +31,9 @@ check: $(READY)  ## lint, types, import direction
 
 bench: $(READY)  ## make the tables of the docs anew (about two hours on two cores)
 	$(RUN) benchmarks/adapter_step.py --page docs/adapter_step.md
+	$(PIP) install -q -c constraints.txt -e ".[bench]"
+	$(RUN) benchmarks/schedules.py
+	$(RUN) benchmarks/weight_drift.py
 	$(RUN) benchmarks/sentiment.py --tune
 	$(RUN) benchmarks/sentiment.py
 	$(RUN) benchmarks/sentiment.py --ablate --seeds 0

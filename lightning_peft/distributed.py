@@ -15,7 +15,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
-from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, ModelParallelStrategy, SingleDeviceStrategy
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -69,7 +69,10 @@ def refuse_unsupported(trainer: pl.Trainer, owner: str) -> None:
     Raises:
         ValueError: For FSDP1, DeepSpeed and whatever else was never tried.
     """
-    if not isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy | ModelParallelStrategy):
+    tried = SingleDeviceStrategy | DDPStrategy | ModelParallelStrategy
+    if not isinstance(trainer.strategy, tried) or isinstance(
+        trainer.strategy, DeepSpeedStrategy
+    ):  # a kind of DDP to Lightning
         raise ValueError(
             f"{owner}: strategy {type(trainer.strategy).__name__} is not supported: what trains is fixed when it wraps "
             "the module. Use a single device, strategy='ddp', or ModelParallelStrategy (FSDP2)."

@@ -86,7 +86,8 @@ def fit(
     """Train in float64, on every process of the group if there is one."""
     pl.seed_everything(seed, verbose=False)
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "max_epochs": epochs}
-    where = {"accelerator": ACCELERATOR, "devices": world_size() if dist.is_initialized() else 1}
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if dist.is_initialized() else 1
+    where = {"accelerator": ACCELERATOR, "devices": here, "num_nodes": world_size() // here}
     trainer = pl.Trainer(
         **{
             **quiet,

@@ -10,7 +10,8 @@ import lightning.pytorch as pl
 import pytest
 import torch
 
-from lightning_peft.distributed import check_ranks_agree, gather_rows, refuse_unsupported, rewrap
+from lightning_peft.callbacks import FreezeSchedule, GradientFlow, WeightDrift
+from lightning_peft.distributed import check_ranks_agree, gather_rows, rewrap
 from tests import ranks
 
 ROOT = Path(__file__).parents[1]
@@ -79,30 +80,66 @@ def test_one_process_has_nothing_to_wrap_or_compare(net, fit):
     assert gather_rows(rows) == (rows, 0)
 
 
-def test_strategies_that_were_never_tried_are_refused(net, trainer):
-    class Strange(pl.strategies.Strategy):
-        def __init__(self):
-            pass
+@pytest.mark.parametrize("strategy", ["FSDPStrategy", "DeepSpeedStrategy", "a strategy of somebody else"])
+@pytest.mark.parametrize("callback", [lambda: FreezeSchedule.head_first(steps=1), GradientFlow, WeightDrift])
+def test_strategies_that_fix_what_trains_are_refused_before_training(callback, strategy, net, trainer):
+    made, kinds = trainer(callback()), vars(pl.strategies)
+    kind = kinds.get(strategy) or type(
+        "Strange", (pl.strategies.ParallelStrategy,), {"__abstractmethods__": frozenset()}
+    )
+    made.strategy.__class__ = kind  # neither can be made without a GPU
+    with pytest.raises(ValueError, match=rf"strategy {kind.__name__} is not supported.*strategy='ddp', or .*FSDP2"):
+        made.callbacks[0].setup(made, net, "fit")
 
-    made = trainer()
-    made.strategy.__class__ = type("Strange", (pl.strategies.ParallelStrategy,), {"__abstractmethods__": frozenset()})
-    with pytest.raises(ValueError, match="strategy Strange is not supported.*FSDP2"):
-        refuse_unsupported(made, "FreezeSchedule")
 
-
-def test_a_spawned_run_trains(tmp_path):
+def test_a_spawned_run_is_one_process_on_the_joint_batch(tmp_path):
     code = (
-        "import lightning.pytorch as pl, warnings; warnings.simplefilter('ignore')\n"
-        "from tests.toy import Toy; from lightning_peft.callbacks import FreezeSchedule\n"
+        "import torch, warnings; warnings.simplefilter('ignore')\n"
+        "import lightning.pytorch as pl\n"
+        "from tests.ranks import RankToy, three_phases\n"
         "if __name__ == '__main__':\n"
-        "    net = Toy()\n"
-        "    pl.Trainer(accelerator='cpu', devices=2, strategy='ddp_spawn', max_epochs=1, logger=False,\n"
+        "    pl.seed_everything(5, verbose=False)\n"
+        "    net = RankToy().double()\n"
+        "    pl.Trainer(accelerator='cpu', devices=2, strategy='ddp_spawn', max_epochs=2, logger=False,\n"
         "        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,\n"
-        "        callbacks=[FreezeSchedule.head_first('head', steps=1)]).fit(net)\n"
-        "    assert abs(float(net.head.bias.detach().sum())) < 9\n"
+        "        use_distributed_sampler=False, callbacks=[three_phases()]).fit(net)\n"
+        "    torch.save(net.state_dict(), 'end.pt')\n"
     )
     file = tmp_path / "spawned.py"
     file.write_text(code)
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     run = subprocess.run([sys.executable, file], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=200)
     assert run.returncode == 0, run.stderr[-3000:]
+    assert distance(torch.load(tmp_path / "end.pt"), ranks.CASES["unfreezing_by_steps"]()) < 1e-12
+
+
+@pytest.mark.large
+@pytest.mark.filterwarnings("ignore")
+def test_two_nodes_are_one_process_on_the_joint_batch(tmp_path):
+    """Two launchers on loopback addresses, a process each."""
+    cases = [
+        "unfreezing_by_steps",
+        "unfreezing_while_accumulating",
+        "resuming_in_a_later_phase",
+        "starting_at_the_prior",
+    ]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", "--master-addr=127.0.0.1",
+        f"--master-port={port}",
+    ]  # fmt: skip
+    nodes = [
+        subprocess.Popen(
+            [*command, f"--node-rank={node}", "-m", "tests.ranks", str(tmp_path), *cases],
+            cwd=ROOT,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        for node in range(2)
+    ]
+    assert [node.wait(timeout=300) for node in nodes] == [0, 0]
+    for found in (torch.load(tmp_path / f"rank-{k}.pt", weights_only=False) for k in range(2)):
+        for case in cases:
+            assert not isinstance(found[case], str), found[case]
+            assert distance(found[case], ranks.CASES[case]()) < 1e-12
