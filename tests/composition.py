@@ -40,7 +40,16 @@ from lightning_peft import (
     SoftPromptMixin,
     adapted,
 )
-from lightning_peft.callbacks import ForgettingEvaluation, FreezeSchedule, OldTask, ReplayMixing, ZeroInitHead
+from lightning_peft.callbacks import (
+    ExactResume,
+    ForgettingEvaluation,
+    FreezeSchedule,
+    GradientFlow,
+    OldTask,
+    ReplayMixing,
+    WeightDrift,
+    ZeroInitHead,
+)
 from lightning_peft.distributed import rank, world_size
 from lightning_peft.files import write_text
 from lightning_peft.logging import FAMILIES
@@ -145,6 +154,9 @@ CALLBACKS: dict[str, Callable[[], pl.Callback]] = {
     "FreezeSchedule": lambda: FreezeSchedule.head_first("head", steps=5),
     "ReplayMixing": lambda: ReplayMixing(rows(20, seed=3), ratio=0.25),
     "ForgettingEvaluation": lambda: ForgettingEvaluation({"old": old_task()}, every_n_epochs=1),
+    "ExactResume": ExactResume,
+    "GradientFlow": GradientFlow,
+    "WeightDrift": lambda: WeightDrift(every_n_steps=3),
 }
 # What a feature adds: callbacks, options of the trainer, and what it does to the module.
 FEATURES: dict[str, dict[str, Any]] = {
@@ -195,6 +207,7 @@ class Witness(pl.Callback):
         self.module, self.watched = module, CALLBACKS[callback]()
         self.trained: set[str] | None = None
         self.drawn = 0
+        self.kept: dict[str, Any] = {}
 
     def on_train_start(self, trainer, pl_module) -> None:
         self.zero_head = not pl_module.head.weight.any()
@@ -206,6 +219,9 @@ class Witness(pl.Callback):
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
         if isinstance(self.watched, ReplayMixing):
             self.drawn = self.watched.drawn()[0]
+
+    def on_save_checkpoint(self, trainer, pl_module, checkpoint) -> None:
+        self.kept = checkpoint["callbacks"]
 
     def idle(self, net: Plain, start: dict[str, torch.Tensor]) -> list[str]:
         """Return who did nothing in a run that began with the weights ``start``."""
@@ -227,6 +243,9 @@ class Witness(pl.Callback):
             "FreezeSchedule": self.trained == {"head.weight", "head.bias"},
             "ReplayMixing": self.drawn > 0,
             "ForgettingEvaluation": getattr(self.watched, "after", {}) == {"old": evaluate(net, old_task())},
+            "ExactResume": len(self.kept.get("ExactResume", {}).get("processes", [])) == world_size(),
+            "GradientFlow": all(norm > 0 for _, norm in getattr(self.watched, "norms", {}).get("head", [(0, 0)])),
+            "WeightDrift": getattr(self.watched, "values", {}).get("head", {}).get("distance", 0) > 0,
         }
         of_module = {"LoRAMixin": "LoRA", "adapted": "LoRA", "LinearProbeMixin": "LinearProbeMixin"}
         of_module |= {"SoftPromptMixin": "prompt", "PrefixMixin": "prompt"}
@@ -237,6 +256,13 @@ class Witness(pl.Callback):
 def ours(trainer: pl.Trainer) -> dict[str, float]:
     """Return what was logged last under our keys."""
     return {key: value.item() for key, value in trainer.callback_metrics.items() if key.partition("/")[0] in FAMILIES}
+
+
+def plain(state: Any) -> Any:
+    """Return a state that can be compared by ``==``."""
+    if isinstance(state, dict):
+        return {key: plain(value) for key, value in state.items()}
+    return state.tolist() if isinstance(state, torch.Tensor) else state
 
 
 def cell(module: str, callback: str, feature: str, folder: Path) -> str:
@@ -259,12 +285,12 @@ def cell(module: str, callback: str, feature: str, folder: Path) -> str:
     if dist.is_initialized() and not as_on_the_first_process(end):
         return "differs between the processes"
     if FEATURES[feature].get("compiled"):
-        _, plain = build(module, feature)
-        fit(plain, [CALLBACKS[callback]()], feature)
-        if not all(torch.allclose(value, end[name], rtol=0, atol=1e-6) for name, value in weights(plain).items()):
+        _, uncompiled = build(module, feature)
+        fit(uncompiled, [CALLBACKS[callback]()], feature)
+        if not all(torch.allclose(value, end[name], rtol=0, atol=1e-6) for name, value in weights(uncompiled).items()):
             return "differs from the run that is not compiled"
     return after_resume(
-        module, callback, feature, folder, (end, trainer.global_step, seen.watched.state_dict(), ours(trainer))
+        module, callback, feature, folder, (end, trainer.global_step, plain(seen.watched.state_dict()), ours(trainer))
     )
 
 
@@ -275,7 +301,7 @@ def after_resume(module: str, callback: str, feature: str, folder: Path, whole: 
     trainer = fit(given, [watched, every_epoch(folder)], feature, ckpt_path=folder / "epoch=0.ckpt")
     if not same(weights(net), whole[0]):
         return "differs after a resume"
-    if (trainer.global_step, watched.state_dict(), ours(trainer)) != whole[1:]:
+    if (trainer.global_step, plain(watched.state_dict()), ours(trainer)) != whole[1:]:
         return "ends with another state or log after a resume"
     return "exact"
 

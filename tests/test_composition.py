@@ -27,6 +27,7 @@ from tests.toy import Toy, rows, same, weights
 pytestmark = [
     pytest.mark.filterwarnings("ignore:You're using the WeightAveraging callback"),
     pytest.mark.filterwarnings("ignore:`training_step` returned `None`"),
+    pytest.mark.filterwarnings("ignore:WeightDrift. weight decay of SGD"),  # the toy's has momentum
 ]
 # Each mixin with each feature, each mixin with each callback, each callback with each feature.
 PAIRWISE = [
