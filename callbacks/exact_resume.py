@@ -18,7 +18,7 @@ from lightning_peft.data.resumable_loader import LoaderPosition, can_go_on, goes
 from lightning_peft.distributed import as_part_of, gather_objects, local_part, own_buffers, rank
 from lightning_peft.one_lightning import refuse_pytorch_lightning
 from lightning_peft.randomness import RandomState, random_state, set_random_state
-from lightning_peft.train_loader import change_train_loader
+from lightning_peft.train_loader import change_train_loader, leave_train_loader
 
 _OWNER = "ExactResume"
 _GLOBAL_SEED = "PL_GLOBAL_SEED"  # where Lightning's seed_everything leaves the seed that the samplers it adds take
@@ -62,7 +62,7 @@ class ExactResume(pl.Callback):
         if stage == "fit":
             self._device, self._positions = trainer.strategy.root_device, []
             self._random = self._resume = None
-            change_train_loader(trainer, self._follow)
+            change_train_loader(trainer, _OWNER, self._follow, rows=False)
 
     @override
     def on_save_checkpoint(
@@ -150,6 +150,14 @@ class ExactResume(pl.Callback):
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._looks.nothing_is_due()
+
+    @override
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        leave_train_loader(trainer, _OWNER)
+
+    @override
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        leave_train_loader(trainer, _OWNER)
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what belongs to a run."""

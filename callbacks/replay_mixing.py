@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, cast
 
 import lightning.pytorch as pl
@@ -19,6 +19,7 @@ from lightning_peft.data.mix_plan import BesidePlan, MemoryStream, MixPlan, exac
 from lightning_peft.logging import log_values, register_chart
 from lightning_peft.mixins import ReplayMixin
 from lightning_peft.one_lightning import refuse_pytorch_lightning
+from lightning_peft.train_loader import change_train_loader, leave_train_loader
 
 _OWNER = "ReplayMixing"
 
@@ -62,23 +63,13 @@ class ReplayMixing(pl.Callback):
         self.rows = cast("Dataset[Any]", memory.dataset if isinstance(memory, DataLoader) else memory)
         self.memory = MemoryStream(row_count(self.rows, f"{_OWNER}: memory"), seed)
         self.epoch, self.step = 0, 0
-        self._by_hand: MixLoader | None = None
         self._mixed: MixLoader | None = None
         self._beside: tuple[BesidePlan, Iterator[Any]] | None = None
-        self._replaced: tuple[Any, dict[str, Any]] | None = None
 
     @property
     def state_key(self) -> str:
         """Name of this callback's state in a checkpoint."""
         return self._generate_state_key(seed=self.seed)
-
-    def mix(self, loader: DataLoader[Any]) -> MixLoader:
-        """Mix the memory into a loader; needed by hand only where loaders are passed to ``fit`` directly.
-
-        Write ``trainer.fit(module, train_dataloaders=replay.mix(loader))``.
-        """
-        self._by_hand = self._mix(loader)
-        return self._by_hand
 
     def _mix(self, loader: DataLoader[Any]) -> MixLoader:
         plan = MixPlan(
@@ -121,33 +112,20 @@ class ReplayMixing(pl.Callback):
                 f"{_OWNER}: overfit_batches={share!r} replaces the sampler that mixes. Use "
                 "limit_train_batches, or leave the callback out of that run."
             )
-        if self._by_hand is not None:
-            self._place(trainer, self._by_hand)
-            return
-        # The loader is asked for later, once or more often: replace what the asking returns.
-        owner = _loader_owner(trainer, pl_module)
-        self._replaced = owner, {name: value for name, value in vars(owner).items() if name == "train_dataloader"}
-        owner.train_dataloader = self._mixed_on_request(trainer, owner.train_dataloader)
+        change_train_loader(trainer, _OWNER, functools.partial(self._mixed_in, trainer), rows=True)
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage == "fit":
-            self._give_back()
+            self._let_go(trainer)
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        self._give_back()  # there is no teardown then, and the next fit would mix twice
+        self._let_go(trainer)  # there is no teardown then
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if not self._goes_beside(pl_module):
-            if self._mixed is None or trainer.train_dataloader is not self._mixed:
-                raise ValueError(
-                    f"{_OWNER}: the training loader was passed to fit directly, where a callback cannot reach it. "
-                    "Write trainer.fit(module, train_dataloaders=replay.mix(loader)) with this callback as replay, "
-                    "or give the module or a datamodule a train_dataloader."
-                )
-        else:
+        if self._goes_beside(pl_module):
             plan = self._beside_plan(trainer)
             self._beside = plan, iter(self._beside_loader(trainer, plan))
         rank_zero_info(
@@ -216,15 +194,12 @@ class ReplayMixing(pl.Callback):
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out the loaders of a run: they can be neither copied nor sent to a process."""
-        return {**vars(self), "_by_hand": None, "_mixed": None, "_beside": None, "_replaced": None}
+        return {**vars(self), "_mixed": None, "_beside": None}
 
-    def _give_back(self) -> None:
-        """Let the loader's owner have its own ``train_dataloader`` again, and drop the loaders of the run."""
-        if self._replaced is not None:
-            owner, own = self._replaced
-            vars(owner).pop("train_dataloader", None)
-            vars(owner).update(own)
-        self._replaced = self._mixed = self._beside = None
+    def _let_go(self, trainer: pl.Trainer) -> None:
+        """Drop the loaders of the run."""
+        leave_train_loader(trainer, _OWNER)
+        self._mixed = self._beside = None
 
     def _goes_beside(self, pl_module: pl.LightningModule) -> bool:
         name = type(pl_module).__name__
@@ -251,18 +226,13 @@ class ReplayMixing(pl.Callback):
         assert self._mixed is not None
         return self._mixed.mix_sampler.plan
 
-    def _mixed_on_request(self, trainer: pl.Trainer, original: Callable[[], Any]) -> Callable[[], Any]:
-        @functools.wraps(original)  # Lightning asks whether the hook is overridden; the answer stays the original's
-        def train_dataloader() -> Any:
-            loader = original()
-            if not isinstance(loader, DataLoader):
-                raise ValueError(
-                    f"{_OWNER}: train_dataloader returned a {type(loader).__name__}; rows can be mixed into a single "
-                    "torch DataLoader only."
-                )
-            return self._place(trainer, self._mix(loader))
-
-        return train_dataloader
+    def _mixed_in(self, trainer: pl.Trainer, loader: Any) -> MixLoader:
+        if not isinstance(loader, DataLoader):
+            raise ValueError(
+                f"{_OWNER}: train_dataloader returned a {type(loader).__name__}; rows can be mixed into a single torch DataLoader "
+                "only."
+            )
+        return self._place(trainer, self._mix(loader))
 
     def _place(self, trainer: pl.Trainer, mixed: MixLoader) -> MixLoader:
         """Tell a mixed loader its process, how many there are, and where a resumed run goes on."""
@@ -317,8 +287,3 @@ def _collate_error(loader: DataLoader[Any], rows: list[Any]) -> Exception | None
         except Exception as error:
             return error
     return None
-
-
-def _loader_owner(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Any:
-    """Return whose ``train_dataloader`` the trainer asks: the datamodule's if there is one."""
-    return cast("Any", trainer).datamodule or pl_module

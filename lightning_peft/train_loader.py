@@ -8,27 +8,44 @@ from typing import Any, cast
 import lightning.pytorch as pl
 from lightning.pytorch.trainer.connectors.data_connector import _DataLoaderSource
 
+Change = Callable[[Any], Any]
+
 
 class _Changed(_DataLoaderSource):
     """A source whose loader is changed each time Lightning asks for it."""
 
-    def __init__(self, source: _DataLoaderSource, change: Callable[[Any], Any]) -> None:
+    def __init__(self, source: _DataLoaderSource) -> None:
         super().__init__(source.instance, source.name)
-        self._source, self._change = source, change
+        self.of_rows: dict[str, Change] = {}
+        self.of_loaders: dict[str, Change] = {}
 
     def dataloader(self) -> Any:
-        return self._change(self._source.dataloader())
+        loaders = super().dataloader()
+        for change in (*self.of_rows.values(), *self.of_loaders.values()):
+            loaders = change(loaders)
+        return loaders
 
 
-def change_train_loader(trainer: pl.Trainer, change: Callable[[Any], Any]) -> None:
+def change_train_loader(trainer: pl.Trainer, owner: str, change: Change, *, rows: bool) -> None:
     """Let a function change the training loaders of this fit, before Lightning puts a distributed sampler in.
 
-    Call it in ``setup``. It acts on loaders of the module, of a datamodule, and on those passed to ``fit``; the next ``fit``
-    begins without it.
+    Call it in ``setup``. It acts on loaders of the module, of a datamodule, and on those passed to ``fit``.
 
     Args:
         trainer: The trainer, in a fit.
+        owner: Whose change it is; an owner has one.
         change: Takes and returns what the hook or the caller of ``fit`` gave: a loader or a collection of them.
+        rows: Whether it changes which rows come. Such changes are made before those that only watch the loader.
     """
     loop = cast("Any", trainer.fit_loop)
-    loop._data_source = _Changed(loop._data_source, change)
+    if not isinstance(loop._data_source, _Changed):
+        loop._data_source = _Changed(loop._data_source)
+    (loop._data_source.of_rows if rows else loop._data_source.of_loaders)[owner] = change
+
+
+def leave_train_loader(trainer: pl.Trainer, owner: str) -> None:
+    """Take an owner's change back: the trainer may fit on without it."""
+    source = cast("Any", trainer.fit_loop)._data_source
+    if isinstance(source, _Changed):
+        source.of_rows.pop(owner, None)
+        source.of_loaders.pop(owner, None)

@@ -237,7 +237,6 @@ FOOT = """
 - **Layers smaller than LoRA's rank** (the last ones of NBeats): `exclude=["*theta*"]`; the error names the layer.
 - **Recurrent and convolution weights** (LightningLSTM) are no `nn.Linear`, which is all that LoRA adapts. Schedules, replay and
   measuring work on any.
-- **A training loader that is handed to `fit`** is out of a callback's reach: `trainer.fit(module, replay.mix(loader))`.
 - **An iterable training set** has no order that replay could plan, and is refused there; the other callbacks take it.
 """
 

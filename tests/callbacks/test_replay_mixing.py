@@ -265,33 +265,34 @@ def test_accumulated_gradients_and_a_stop_inside_an_epoch_change_nothing_of_the_
     assert abs(old - Fraction(3, 10) * total) < 1
 
 
-def test_a_loader_passed_to_fit_is_mixed_by_hand_and_gives_the_same_run(fit):
+def test_a_loader_passed_to_fit_gives_the_same_run(fit):
     asked, passed = Counting(), Counting()
     passed.load_state_dict(asked.state_dict())
     fit(asked, ReplayMixing(memory(), 0.3), epochs=2)
-    replay = ReplayMixing(memory(), 0.3)
-    loader = replay.mix(passed.train_dataloader())
-    fit(passed, replay, epochs=2, fit_with=(loader,))
+    fit(passed, ReplayMixing(memory(), 0.3), epochs=2, fit_with=(passed.train_dataloader(),))
     assert passed.seen == asked.seen
     assert same(weights(passed), weights(asked))
 
 
-def test_a_loader_mixed_by_hand_resumes_at_its_step(fit, tmp_path):
+def test_a_loader_passed_to_fit_resumes_at_its_step(fit, tmp_path):
     def run(net, **options):
-        replay = ReplayMixing(memory(), 0.3)
-        fit(net, replay, keep(tmp_path, 8), epochs=2, fit_with=(replay.mix(net.train_dataloader()),), **options)
+        fit(
+            net, ReplayMixing(memory(), 0.3), keep(tmp_path, 8), epochs=2, fit_with=(net.train_dataloader(),), **options
+        )
         return net
 
     whole = run(Counting())
     assert run(Counting(), ckpt_path=tmp_path / "step=8.ckpt").seen == whole.seen[8:]
 
 
-def test_a_loader_mixed_by_hand_is_whole_again_after_a_limited_run(fit):
+def test_a_loader_passed_to_fit_is_mixed_once_and_whole_again_after_a_limited_run(fit):
     net, replay = Counting(), ReplayMixing(memory(), 0.25)
-    loader = replay.mix(net.train_dataloader())
+    loader = net.train_dataloader()
     fit(net, replay, limit_train_batches=2, fit_with=(loader,))
     fit(net, replay, fit_with=(loader,))
     assert len(net.seen) == 2 + 6
+    old, total = (sum(part) for part in zip(*every_step(net), strict=True))
+    assert abs(old - Fraction(1, 4) * total) < 2  # in either run less than one
 
 
 def test_a_datamodule_is_mixed_as_well_as_a_module(fit):
@@ -347,6 +348,16 @@ def test_a_trainer_that_fits_on_goes_on_with_the_next_epoch(fit, trainer):
     assert twice.seen == whole.seen
 
 
+def test_a_trainer_that_fits_on_without_replay_has_its_loader_as_it_was(trainer):
+    net, made = Counting(), trainer(ReplayMixing(memory(), 0.25), epochs=1)
+    made.fit(net)
+    made.callbacks.clear()
+    made.fit_loop.max_epochs = 2
+    net.seen.clear()
+    made.fit(net)
+    assert sorted(number for batch in net.seen for number in batch) == list(range(24))
+
+
 @pytest.mark.parametrize("twin", [copy.deepcopy, lambda it: pickle.loads(pickle.dumps(it))], ids=["deepcopy", "pickle"])
 @pytest.mark.parametrize("kind", [Counting, Rehearsing])
 def test_a_copy_of_the_callback_gives_the_same_rows_before_and_after_a_fit(fit, kind, twin):
@@ -377,7 +388,7 @@ def random_collate(rows):
 
 def test_trying_the_collate_function_takes_no_number_from_the_generator_of_the_run():
     state = torch.get_rng_state()
-    ReplayMixing(memory(), 0.25).mix(DataLoader(numbered(24), 6, collate_fn=random_collate))
+    ReplayMixing(memory(), 0.25)._mix(DataLoader(numbered(24), 6, collate_fn=random_collate))
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -488,13 +499,6 @@ def test_what_cannot_be_replayed_is_refused_before_the_first_step(fit, make, mes
         fit(net, ReplayMixing(memory(), 0.25))
     assert net.seen == []
     assert same(weights(net), start)
-
-
-def test_a_loader_passed_to_fit_without_mix_is_refused_with_what_to_write(fit):
-    net = Counting()
-    with pytest.raises(ValueError, match=r"passed to fit directly.*train_dataloaders=replay.mix\(loader\)"):
-        fit(net, ReplayMixing(memory(), 0.25), fit_with=(net.train_dataloader(),))
-    assert net.seen == []
 
 
 def test_two_memories_side_by_side_are_refused_because_one_would_be_lost(fit):
