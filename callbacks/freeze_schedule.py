@@ -248,7 +248,8 @@ class FreezeSchedule(pl.Callback):
         ):  # a validation in mid-epoch saw it; never among accumulated gradients
             self._move_on(trainer, pl_module)
         self._still.keep(pl_module)  # somebody may have called train()
-        if self._rates.attached and trainer.global_step % cast("Any", trainer).log_every_n_steps == 0:
+        every = cast("Any", trainer).log_every_n_steps
+        if self._rates.attached and every and trainer.global_step % every == 0:
             rates = self._rates.present(trainer.optimizers, pl_module)
             log_values(trainer, {f"schedule/lr/{block}": rate for block, rate in rates.items()})
 

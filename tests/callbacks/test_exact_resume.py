@@ -291,3 +291,33 @@ def test_a_checkpoint_that_a_validation_wrote_goes_on_too(writes_first, stop, fi
     whole = run()
     assert run(KillAt(stop)) is None
     assert same(run(ckpt_path=tmp_path / "after.ckpt", seed=99), whole)
+
+
+@pytest.mark.parametrize("frequency", [1, 2])
+@pytest.mark.parametrize("after", ["validation", "epoch"])
+@pytest.mark.parametrize("stop", [4, 8, 10])
+def test_a_scheduler_that_waits_for_a_plateau_misses_no_look(after, frequency, stop, fit, tmp_path):
+    """Lightning lets it look after the checkpoint of an epoch is written, and never again when it resumes."""
+
+    class Waits(Net):
+        def configure_optimizers(self):
+            optimizer = super().configure_optimizers()
+            made = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0, threshold=0.5)
+            config = {"scheduler": made, "monitor": "val_loss", "interval": "epoch", "frequency": frequency}
+            return {"optimizer": optimizer, "lr_scheduler": config}
+
+    def run(folder, *more, ckpt_path=None, seed=7):
+        pl.seed_everything(seed, verbose=False)
+        keep = ModelCheckpoint(tmp_path / folder, save_last=True, save_on_train_epoch_end=after == "epoch")
+        net = Waits()
+        try:
+            made = fit(net, ExactResume(), *more, keep, epochs=5, ckpt_path=ckpt_path)
+        except KilledError:
+            return None
+        return weights(net), made.lr_scheduler_configs[0].scheduler.state_dict()
+
+    end, state = run("whole")
+    assert run("killed", KillAt(stop)) is None
+    again, found = run("killed", KillAt(-1), ckpt_path=tmp_path / "killed" / "last.ckpt", seed=99)
+    assert found == state
+    assert same(again, end)
