@@ -44,8 +44,9 @@ gpu: $(READY)  ## run the parity suite and the main job on the GPUs of this mach
 	$(RUN) benchmarks/adapter_step.py --out benchmarks/results/adapter_step_gpu.json --page docs/adapter_step_gpu.md
 	$(RUN) -m lightning_peft.recipes.sentiment --accelerator gpu --out runs/gpu
 
-compat: $(OLDEST)/.ready  ## run the fast tests with the oldest supported versions, in a second environment
+compat: $(OLDEST)/.ready  ## run the fast tests, and those of strategies, with the oldest supported versions
 	HF_HUB_OFFLINE=1 $(OLDEST)/bin/python -m pytest -q -m "not large and not slow"
+	HF_HUB_OFFLINE=1 $(OLDEST)/bin/python -m pytest -q tests/test_distributed.py tests/test_resume_matrix.py
 
 $(READY): pyproject.toml constraints.txt assets.txt
 	$(PYTHON) -c 'import sys; assert (3, 11) <= sys.version_info < (3, 14), "Python 3.11 to 3.13 is needed: make PYTHON=python3.12"'
