@@ -29,11 +29,12 @@ check: $(READY)  ## lint, types, import direction
 	$(VENV)/bin/mypy
 	$(RUN) -m pytest -q tests/test_layout.py
 
-bench: $(READY)  ## make the tables of the docs anew (about two hours on two cores)
+bench: $(READY)  ## make the tables of the docs anew (about three hours on two cores)
 	$(RUN) benchmarks/adapter_step.py --page docs/adapter_step.md
 	$(PIP) install -q -c constraints.txt -e ".[bench]"
 	$(RUN) benchmarks/schedules.py
 	$(RUN) benchmarks/weight_drift.py
+	$(RUN) -m lightning_peft.recipes.head_init --seeds 5 --page docs/head_init.md
 	$(RUN) benchmarks/sentiment.py --tune
 	$(RUN) benchmarks/sentiment.py
 	$(RUN) benchmarks/sentiment.py --ablate --seeds 0

@@ -10,5 +10,8 @@ from lightning_peft.recipes.keep_what_it_knows import keep_what_it_knows
 
 __all__ = ["RUNS", "keep_what_it_knows"]
 
-RUNS = {"sentiment": "Learn movie-review sentiment with MiniLM and keep what it could do before."}
+RUNS = {
+    "sentiment": "Learn movie-review sentiment with MiniLM and keep what it could do before.",
+    "head_init": "Compare heads that start random, scaled, zero or trained first, by what they do to pretrained features.",
+}
 """Recipes that are a command of their own."""
