@@ -32,8 +32,8 @@ def draw(file: Path, found: Mapping[str, Sequence[Row]]) -> None:
     from matplotlib.figure import Figure  # noqa: PLC0415
 
     panels = [(part, key, title) for part, key, title in PANELS if part in found]
-    columns = min(3, len(panels))
-    height = -(-len(panels) // columns)
+    height = 1 if len(panels) == 2 else 2
+    columns = len(panels) // height
     figure = Figure(figsize=(4.6 * columns, 3.7 * height + 0.5), layout="constrained")
     FigureCanvasAgg(figure)
     grid = figure.subplots(height, columns, squeeze=False).flat

@@ -229,6 +229,15 @@ def test_a_single_run_has_no_spread():
     assert head_init_page.difference(paired([0.1]), "error", None) == "+0.100 ± nan"
 
 
+@pytest.mark.parametrize("parts", [("linear",), ("minilm",), ("linear", "minilm")])
+def test_each_part_can_be_drawn_by_itself(parts, tmp_path):
+    keys = ("error", "shifted_error", "drift", "lost_recall")
+    places = [{"noise": place, "step": place, "head": "zero", "seed": 0} for place in (0, 1)]
+    rows = [place | dict.fromkeys(keys, 0.5) for place in places]
+    head_init.draw(tmp_path / "heads.png", dict.fromkeys(parts, rows))
+    assert (tmp_path / "heads.png").read_bytes().startswith(b"\x89PNG")
+
+
 # --- MiniLM -----------------------------------------------------------------------------------------------------------
 
 
