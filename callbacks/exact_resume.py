@@ -76,7 +76,8 @@ class ExactResume(pl.Callback):
         own["positions"] = {
             number: position.state_dict(at_the_end=ended) for number, position in enumerate(self._positions)
         }
-        if trainer.global_step == self._step:
+        # Of optimizers that are stepped by hand, one may accumulate while another steps.
+        if trainer.global_step == self._step or not pl_module.automatic_optimization:
             own["gradients"] = _gradients(pl_module)
         seed = os.environ.get(_GLOBAL_SEED)
         checkpoint["callbacks"][self.state_key] = {

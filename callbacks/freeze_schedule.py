@@ -257,6 +257,7 @@ class FreezeSchedule(pl.Callback):
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
+        self._rates.scale(optimizer)
         if id(optimizer) not in self._checked:
             self._checked.add(id(optimizer))
             held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
@@ -267,6 +268,7 @@ class FreezeSchedule(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        self._rates.give_back()  # of a step that broke and was caught
         # global_step moves with the optimizer only, so a phase never ends among accumulated gradients.
         self.clock.count_batch(trainer, pl_module)
         if self.clock.stepped and (self.clock.phase.steps is not None or self.clock.over):
@@ -315,6 +317,10 @@ class FreezeSchedule(pl.Callback):
                 f"{len(self.phases)} phases. Resume with the schedule that the run was started with."
             )
         self.clock.load_state_dict(state_dict)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what belongs to a run: a copy begins anew."""
+        return {**vars(self), "_found": [], "_checked": set(), "_parameters": None}
 
     def _factor_now(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Callable[[Tensor], float]:
         names = {id(parameter): name for name, parameter in pl_module.named_parameters()}

@@ -134,7 +134,7 @@ class Phase:
         for factor in self.lr_scale.values() if isinstance(self.lr_scale, Mapping) else [self.lr_scale]:
             if isinstance(factor, bool) or not isinstance(factor, int | float) or not 0 < factor < math.inf:
                 raise ValueError(
-                    f"Phase: lr_scale={self.lr_scale!r} must be above 0; what should not move is left out of train."
+                    f"Phase: lr_scale={self.lr_scale!r} must be finite and above 0; what should not move is left out of train."
                 )
         if isinstance(self.warmup_steps, bool) or not isinstance(self.warmup_steps, int) or self.warmup_steps < 0:
             raise ValueError(f"Phase: warmup_steps={self.warmup_steps!r} must be a whole number, 0 for none.")

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import LBFGS
 from torch.utils.hooks import RemovableHandle
 
 from lightning_peft.blocks import block_of
@@ -40,7 +41,7 @@ class StepRates:
         self._factor = factor
         for optimizer in optimizers:
             self._handles += [
-                optimizer.register_step_pre_hook(self._scale),
+                optimizer.register_step_pre_hook(self._begin),
                 optimizer.register_step_post_hook(self._restore),
             ]
 
@@ -48,9 +49,14 @@ class StepRates:
         """Scale no more; also after a step that an exception cut short."""
         for handle in self._handles:
             handle.remove()
+        self.give_back()
+        self._handles, self._factor = [], None
+
+    def give_back(self) -> None:
+        """Give every optimizer its own rates, outside of its steps."""
         for optimizer in list(self._kept):
             self._give_back(optimizer)
-        self._handles, self._factor, self._depth = [], None, {}
+        self._depth = {}
 
     @property
     def attached(self) -> bool:
@@ -72,18 +78,34 @@ class StepRates:
         """Leave out what belongs to a run: it can be neither copied nor sent to a process."""
         return {**vars(self), "_handles": [], "_factor": None, "_depth": {}, "_kept": {}}
 
-    def _scale(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        assert self._factor is not None
+    def scale(self, optimizer: torch.optim.Optimizer) -> None:
+        """Scale now, if a step has begun: after the closure, whose ``training_step`` sees the groups as they are."""
+        if self._depth.get(optimizer) and optimizer not in self._kept:
+            self._split(optimizer)
+
+    def _begin(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._depth[optimizer] = (
             self._depth.get(optimizer, 0) + 1
         )  # torch calls hooks again where a step calls super().step()
-        if self._depth[optimizer] == 1:
-            self._kept[optimizer] = [(group, _parts(group, self._factor)) for group in optimizer.param_groups]
-            optimizer.param_groups = [part for _, parts in self._kept[optimizer] for part in parts]
+        closure = kwargs.get("closure") or next(iter(args[1:]), None)
+        early = closure is None or isinstance(optimizer, LBFGS)  # which reads its rate before it calls the closure
+        if early and optimizer not in self._kept:
+            self._split(optimizer)
+
+    def _split(self, optimizer: torch.optim.Optimizer) -> None:
+        assert self._factor is not None
+        self._kept[optimizer] = [(group, _parts(group, self._factor)) for group in optimizer.param_groups]
+        parts = [part for _, found in self._kept[optimizer] for part in found]
+        if isinstance(optimizer, LBFGS) and len(parts) > 1:
+            del self._kept[optimizer]
+            raise ValueError(
+                "FreezeSchedule: LBFGS has one learning rate; give lr_scale as one number, and no warmup_steps."
+            )
+        optimizer.param_groups = parts
 
     def _restore(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         self._depth[optimizer] -= 1
-        if self._depth[optimizer] == 0:
+        if self._depth[optimizer] == 0 and optimizer in self._kept:
             self._give_back(optimizer)
 
     def _give_back(self, optimizer: torch.optim.Optimizer) -> None:

@@ -43,7 +43,8 @@ class LoaderPosition:
         self._start: RandomState | None = None
         self._own: list[torch.Generator] = []
         self._generators: list[torch.Tensor] = []
-        self._used, self._skip, self._checksum = 0, 0, 0
+        self._used, self._skip, self._checksum, self._passes = 0, 0, 0, 0
+        self._rewind: tuple[RandomState, list[torch.Tensor]] | None = None
         self._sums: list[int] = []
         self._present: RandomState | None = None
 
@@ -55,14 +56,16 @@ class LoaderPosition:
         """
         if at_the_end or not self._used:
             generators = [generator.get_state() for generator in self._own]
-            return {"used": 0, "start": None, "generators": generators, "checksum": 0}
+            return {"used": 0, "start": None, "generators": generators, "checksum": 0, "passes": self._passes}
         checksum = self._sums[self._used - 1]
-        return {"used": self._used, "start": self._start, "generators": self._generators, "checksum": checksum}
+        kept = {"used": self._used, "start": self._start, "generators": self._generators, "checksum": checksum}
+        return kept | {"passes": self._passes - 1}  # this one begins again
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Let the next pass begin where a checkpoint was taken."""
         self._used, self._start, self._checksum = state["used"], state["start"], state["checksum"]
         self._generators, self._sums = state["generators"], [self._checksum] * self._used
+        self._passes = state["passes"]
 
     def batches(self, loader: DataLoader[Any], make: Callable[[], Iterator[Any]], *, resumed: bool) -> Iterator[Any]:
         """Yield the batches of a pass, or the rest of one.
@@ -82,7 +85,10 @@ class LoaderPosition:
         else:
             self._start = random_state(self.device)
             self._generators = [generator.get_state() for generator in self._own]
-        self._used, self._sums = self._skip, []
+        self._used, self._sums, self._passes = self._skip, [], self._passes + 1
+        # Kept workers begin a later pass without drawing a seed; those of a new process draw one, which is taken back.
+        kept = loader.persistent_workers and self._passes > 1
+        self._rewind = (random_state(self.device), [one.get_state() for one in self._own]) if kept else None
         batches = make()
         if self.reload:
             for _ in range(self._skip):
@@ -94,6 +100,10 @@ class LoaderPosition:
 
     def indices(self, sampler: Iterable[Any]) -> Iterator[Any]:
         """Yield the indices of a pass, without those whose rows were used already."""
+        if self._rewind is not None:
+            set_random_state(self._rewind[0], self.device)
+            for generator, state in zip(self._own, self._rewind[1], strict=True):
+                generator.set_state(state)
         indices = iter(sampler)
         if not self.reload:
             for index in itertools.islice(indices, self._skip):
@@ -179,6 +189,6 @@ def resumable(
 
 def _generators(loader: DataLoader[Any]) -> list[torch.Generator]:
     """List the loader's own generators, each once."""
-    owners = (loader, loader.sampler, loader.batch_sampler)
+    owners = (loader, loader.sampler, loader.batch_sampler, getattr(loader.batch_sampler, "sampler", None))
     found = [getattr(owner, "generator", None) for owner in owners]
     return list({id(generator): generator for generator in found if isinstance(generator, torch.Generator)}.values())

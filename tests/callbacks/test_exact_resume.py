@@ -103,6 +103,10 @@ LOADERS = {
     "an uneven end": lambda: DataLoader(Noisy(22), 6, shuffle=True),
     "weighted": lambda: DataLoader(Noisy(), 6, sampler=WeightedRandomSampler([1.0] * 24, 24)),
     "a batch sampler": lambda: DataLoader(Noisy(), batch_sampler=BatchSampler(RandomSampler(range(24)), 6, False)),
+    "a generator inside a batch sampler": lambda: DataLoader(
+        Noisy(),
+        batch_sampler=BatchSampler(RandomSampler(range(24), generator=torch.Generator().manual_seed(5)), 6, False),
+    ),
     "two loaders": lambda: {
         "long": DataLoader(Noisy(), 6, shuffle=True),
         "short": DataLoader(Noisy(12), 5, shuffle=True),  # cycled
@@ -142,6 +146,56 @@ def test_worker_processes_go_on_and_exactly_if_their_rows_are_loaded_again(reloa
         resume=lambda: ExactResume(reload=reload),
     )
     assert same(again, whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stop", [2, 4, 6])
+@pytest.mark.parametrize("reload", [False, True])
+def test_worker_processes_that_are_kept_go_on(reload, stop, fit, tmp_path):
+    def loader():
+        return DataLoader(rows(24), 6, shuffle=True, num_workers=1, persistent_workers=True)
+
+    again, whole = resumed_and_whole(
+        fit, tmp_path, lambda: Net(loader), stop=stop, epochs=2, resume=lambda: ExactResume(reload=reload)
+    )
+    assert same(again, whole)
+
+
+@pytest.mark.parametrize("stop", [1, 2, 3])
+def test_an_optimizer_that_accumulates_while_another_steps_keeps_its_gradients(stop, fit, tmp_path):
+    class Uneven(Net):
+        def __init__(self):
+            super().__init__()
+            self.automatic_optimization = False
+
+        def configure_optimizers(self):
+            return [torch.optim.SGD(part.parameters(), 0.1) for part in (self.head, self.backbone)]
+
+        def training_step(self, batch, batch_idx):
+            often, seldom = self.optimizers()
+            self.manual_backward(super().training_step(batch, batch_idx))
+            often.step()
+            often.zero_grad()
+            if batch_idx % 2:
+                seldom.step()
+                seldom.zero_grad()
+
+    def run(*more, ckpt_path=None, seed=7):
+        pl.seed_everything(seed, verbose=False)
+        net = Uneven()
+        try:
+            fit(net, ExactResume(), *more, ckpt_path=ckpt_path)
+        except KilledError:
+            return None
+        return weights(net)
+
+    class EachBatch(pl.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            trainer.save_checkpoint(tmp_path / "each.ckpt")
+
+    whole = run()
+    assert run(EachBatch(), KillAt(stop)) is None
+    assert same(run(ckpt_path=tmp_path / "each.ckpt", seed=99), whole)
 
 
 @pytest.mark.parametrize("stop", [1, 2, 3, 5, 7])

@@ -193,6 +193,30 @@ def test_a_step_that_breaks_leaves_the_optimizer_its_own_rate(net, fit):
     assert [(len(group["params"]), group["lr"]) for group in groups] == [(6, 0.1)]
 
 
+def test_a_step_that_breaks_and_is_caught_scales_only_itself(fit):
+    class Skips(Plain):
+        def __init__(self):
+            super().__init__()
+            self.automatic_optimization = False
+
+        def training_step(self, batch, batch_idx):
+            def closure():
+                optimizer.zero_grad()
+                if batch_idx == 1:
+                    raise ZeroDivisionError
+                self.manual_backward(F.cross_entropy(self(batch[0]), batch[1]))
+
+            optimizer = self.optimizers()
+            try:
+                optimizer.step(closure)
+            except ZeroDivisionError:
+                self.caught = True
+
+    rates = Rates()
+    fit(Skips(), FreezeSchedule([Phase(["*"], lr_scale=0.5)]), rates)
+    assert [seen[0] for seen in rates.seen] == [0.1] * 4
+
+
 def test_an_optimizer_may_count_in_its_groups_and_is_left_alone_afterwards():
     class Counts(torch.optim.SGD):
         def step(self, closure=None):
@@ -213,6 +237,56 @@ def test_an_optimizer_may_count_in_its_groups_and_is_left_alone_afterwards():
     assert parameter.detach().tolist() == [0.0] * 3
 
 
+def test_a_training_step_sees_its_groups_and_may_set_their_rates(fit):
+    class Sets(Plain):
+        def configure_optimizers(self):
+            parts = (self.backbone, self.head)
+            return torch.optim.SGD([{"params": part.parameters()} for part in parts], lr=self.lr)
+
+        def training_step(self, batch, batch_idx):
+            groups = self.trainer.optimizers[0].param_groups
+            assert len(groups) == 2  # although the first one is frozen
+            if self.global_step == 2:
+                groups[1]["lr"] = 0.01
+            return super().training_step(batch, batch_idx)
+
+    rates = Rates()
+    phases = [Phase(["head.*"], steps=3, lr_scale=0.5), Phase(["*"])]
+    fit(Sets(), FreezeSchedule(phases), rates)
+    assert rates.of("head.weight") == pytest.approx([0.05, 0.05, 0.005, 0.01])
+
+
+def test_lbfgs_takes_one_scale_and_refuses_two(fit):
+    class Quasi(Plain):
+        def configure_optimizers(self):
+            return torch.optim.LBFGS(self.parameters(), lr=self.lr, max_iter=1)
+
+    by_hand, scaled = Quasi(lr=0.01), Quasi()
+    fit(by_hand)
+    fit(scaled, FreezeSchedule([Phase(["*"], lr_scale=0.1)]))
+    for name, value in weights(by_hand).items():
+        torch.testing.assert_close(weights(scaled)[name], value, rtol=0, atol=1e-14)
+    with pytest.raises(ValueError, match="LBFGS has one learning rate"):
+        fit(Quasi(), FreezeSchedule([Phase(["*"], lr_scale={"head.*": 0.1})]))
+
+
+def test_an_optimizer_that_is_stepped_past_lightning_is_scaled_too(fit):
+    class Raw(Plain):
+        def __init__(self):
+            super().__init__()
+            self.automatic_optimization = False
+
+        def training_step(self, batch, batch_idx):
+            optimizer = self.optimizers(use_pl_optimizer=False)
+            optimizer.zero_grad()
+            self.manual_backward(F.cross_entropy(self(batch[0]), batch[1]))
+            optimizer.step()
+
+    rates = Rates()
+    fit(Raw(), FreezeSchedule([Phase(["*"], lr_scale=0.5)]), rates, steps=None)
+    assert rates.of("head.weight") == pytest.approx([0.05] * 4)
+
+
 @pytest.mark.parametrize("again", [copy.deepcopy, lambda it: pickle.loads(pickle.dumps(it))])
 def test_a_copy_made_while_it_runs_scales_nothing_of_the_run(again, net, fit):
     class Copies(pl.Callback):
@@ -223,6 +297,18 @@ def test_a_copy_made_while_it_runs_scales_nothing_of_the_run(again, net, fit):
     fit(net, schedule, copies)
     assert not copies.copied._rates.attached
     fit(net, copies.copied)
+
+
+def test_a_copy_made_in_a_later_phase_begins_with_the_first(fit):
+    class Copies(pl.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            self.copied = copy.deepcopy(schedule)
+
+    schedule, copies = FreezeSchedule([Phase(["head.*"], steps=2), Phase(["*"], warmup_steps=4)]), Copies()
+    fit(Plain(), schedule, copies)
+    rates = Rates()
+    fit(Plain(), copies.copied, rates)
+    assert rates.of("backbone.0.weight") == pytest.approx([0, 0, 0.025, 0.05])
 
 
 def test_the_rate_that_a_step_takes_is_logged_by_block(fit, tmp_path):
@@ -254,8 +340,8 @@ def test_the_timeline_shows_what_trained_when_also_after_a_resume(fit, tmp_path)
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"lr_scale": 0}, "lr_scale=0 must be above 0; what should not move is left out of train"),
-        ({"lr_scale": {"*": -1.0}}, "lr_scale=.* must be above 0"),
+        ({"lr_scale": 0}, "lr_scale=0 must be finite and above 0; what should not move is left out of train"),
+        ({"lr_scale": {"*": -1.0}}, "lr_scale=.* must be finite and above 0"),
         ({"warmup_steps": 1.5}, "warmup_steps=1.5 must be a whole number"),
         ({"frozen_state": "drop"}, "frozen_state='drop' is unknown; take one of keep, reset"),
     ],
