@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import os
 from typing import Any
@@ -166,7 +167,8 @@ class ExactResume(pl.Callback):
 
     def _follow(self, loaders: Any) -> CombinedLoader:
         """Let each loader of a collection go on, as far as it can."""
-        combined = loaders if isinstance(loaders, CombinedLoader) else CombinedLoader(loaders, "max_size_cycle")
+        given = isinstance(loaders, CombinedLoader)
+        combined = copy.copy(loaders) if given else CombinedLoader(loaders, "max_size_cycle")
         while len(self._positions) < len(combined.flattened):
             self._positions.append(LoaderPosition(self._device, reload=self.reload))
         combined.flattened = [
@@ -194,7 +196,8 @@ def _own_way(loader: Any) -> Any:
     if not goes_on_by_itself(loader):
         rank_zero_warn(
             f"{_OWNER}: a training loader ({type(loader).__name__}) cannot go on where it stopped: it is no DataLoader over a "
-            "map-style dataset and has no state_dict and load_state_dict. A run resumed in mid-epoch gets its first rows again."
+            "map-style dataset with a length and torch's own __iter__, and has no state_dict and load_state_dict. A run "
+            "resumed in mid-epoch gets its first rows again."
         )
     return loader
 

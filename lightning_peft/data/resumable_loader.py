@@ -22,8 +22,18 @@ def goes_on_by_itself(loader: object) -> bool:
 
 
 def can_go_on(loader: object) -> bool:
-    """Whether :func:`resumable` can make a loader go on: a torch ``DataLoader`` over a map-style dataset."""
-    return isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset)
+    """Whether :func:`resumable` can make a loader go on.
+
+    It must be a torch ``DataLoader`` over a map-style dataset, with a length (Lightning fetches ahead otherwise), of a class that
+    yields a batch for each index of its sampler: one with an ``__iter__`` of its own may not.
+    """
+    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
+        return False
+    try:
+        len(loader)
+    except TypeError:
+        return False
+    return type(loader).__iter__ is DataLoader.__iter__
 
 
 class LoaderPosition:

@@ -278,6 +278,33 @@ def test_a_loader_that_cannot_go_on_is_named(fit):
         fit(Net(Plain), ExactResume(), limit_val_batches=0)
 
 
+def test_loaders_that_count_otherwise_are_named_and_left_alone(fit):
+    class Halves(DataLoader):
+        def __iter__(self):
+            for x, y in super().__iter__():
+                yield x[:3], y[:3]
+                yield x[3:], y[3:]
+
+    class NoLength:
+        def __iter__(self):
+            return iter([[0, 1], [2, 3]])
+
+    for loader in (Halves(rows(24), 6), DataLoader(rows(24), batch_sampler=NoLength())):
+        with pytest.warns(UserWarning, match="cannot go on where it stopped"):
+            fit(
+                Net(lambda made=loader: made),
+                ExactResume(),
+                ModelCheckpoint(every_n_train_steps=1),
+                limit_val_batches=0,
+            )
+
+
+def test_a_combined_loader_of_the_user_s_stays_what_it_was(fit):
+    combined = CombinedLoader({"a": DataLoader(rows(24), 6, shuffle=True)}, "min_size")
+    fit(Net(lambda: None), ExactResume(), fit_with=(combined,))
+    assert [type(loader) for loader in combined.flattened] == [DataLoader]
+
+
 def test_a_loader_that_leads_elsewhere_is_noticed(fit, tmp_path):
     counts = iter([24, 24, 23])
 
