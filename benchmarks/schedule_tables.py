@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from step_tables import Table
+from lightning_peft.reporting import TextTable
 
 Row = dict[str, Any]
 LIMITS = {"between_ranks": 0.0, "from_single": 1e-12, "resume": 0.0, "schedulers": 0, "step": 1.03, "head": 1.1}
@@ -59,7 +59,7 @@ Made by `python benchmarks/schedules.py`, with {machine}.
 """
 
 
-def tables(results: dict[str, Any]) -> list[Table]:
+def tables(results: dict[str, Any]) -> list[TextTable]:
     """Return all tables."""
     return [
         arm_table(results["arms"], results["schedulers"]),
@@ -96,7 +96,7 @@ def worst(distances: Iterable[float | str]) -> float | str:
     return next((one for one in found if isinstance(one, str)), None) or max(found)
 
 
-def arm_table(rows: list[Row], schedulers: list[Row]) -> Table:
+def arm_table(rows: list[Row], schedulers: list[Row]) -> TextTable:
     lines = []
     for row, tried in zip(rows, schedulers, strict=True):
         if row["missing"]:
@@ -115,7 +115,7 @@ def arm_table(rows: list[Row], schedulers: list[Row]) -> Table:
         )
     columns = ("arm", "between ranks", "ranks, from one process", "one process, from a plain loop", "resume, one / two processes",
                "LR schedulers", "right on two ranks")  # fmt: skip
-    return Table("Largest difference of a weight", columns, lines)
+    return TextTable("Largest difference of a weight", columns, lines)
 
 
 def resumed(row: Row, count: str) -> str:
@@ -130,7 +130,7 @@ def survivors(row: Row) -> int:
     return sum(found == "same" for found in row["outcome"].values())
 
 
-def resume_table(rows: list[Row]) -> Table:
+def resume_table(rows: list[Row]) -> TextTable:
     there = [row for row in rows if not row["missing"]]
     places = list(dict.fromkeys(kill["where"] for kill in there[0]["resume"].values()))
     lines = []
@@ -141,25 +141,25 @@ def resume_table(rows: list[Row]) -> Table:
             for found in kills.values()
         ]
         lines.append((row["arm"], *cells))
-    return Table(
+    return TextTable(
         "Resumed, from a run that was not killed, by where it was killed: one / two processes", ("arm", *places), lines
     )
 
 
-def scheduler_table(rows: list[Row]) -> Table:
+def scheduler_table(rows: list[Row]) -> TextTable:
     lines = []
     for row in rows:
         lost = [f"{name} ({found})" for name, found in row["outcome"].items() if found != "same"]
         count = row["missing"] or f"{survivors(row)} of {len(row['outcome'])}"
         lines.append((row["arm"], count, ", ".join(lost) or "-"))
-    return Table("LR schedulers that outlive the change", ("arm", "go on", "do not"), lines)
+    return TextTable("LR schedulers that outlive the change", ("arm", "go on", "do not"), lines)
 
 
 def spread(found: dict[str, float]) -> str:
     return f"{found['median']:.2f} ({found['low']:.2f}-{found['high']:.2f})"
 
 
-def step_table(rows: list[Row], arms: list[Row]) -> Table:
+def step_table(rows: list[Row], arms: list[Row]) -> TextTable:
     right = {row["arm"]: "yes" if row.get("right") else "**no**" for row in arms}
     lines = []
     for row in rows:
@@ -171,18 +171,18 @@ def step_table(rows: list[Row], arms: list[Row]) -> Table:
         lines.append((row["arm"], right.get(row["arm"], "yes"), *times, *ratios, f"{row['change_ms']:.0f}"))
     columns = ("arm", "right", "frozen", "unfrozen", "frozen / ours (quartiles)", "unfrozen / ours", "change")
     rounds = next(row["rounds"] for row in rows if not row["missing"])
-    return Table(f"A step on two processes, milliseconds (median of {rounds} rounds)", columns, lines)
+    return TextTable(f"A step on two processes, milliseconds (median of {rounds} rounds)", columns, lines)
 
 
-def head_table(rows: list[Row]) -> Table:
+def head_table(rows: list[Row]) -> TextTable:
     lines = [(row["arm"], f"{row['ms']:.0f}", spread(row["ratio"])) for row in rows]
     title = f"A step in which the head alone trains, milliseconds (median of {rows[0]['rounds']} rounds)"
-    return Table(title, ("arm", "step", "of the hand-written loop (quartiles)"), lines)
+    return TextTable(title, ("arm", "step", "of the hand-written loop (quartiles)"), lines)
 
 
-def target_table(rows: list[Row]) -> Table:
+def target_table(rows: list[Row]) -> TextTable:
     lines = [(row["target"], f"{row['limit']:g}", row["shown"], "ok" if row["met"] else "missed") for row in rows]
-    return Table("Targets of ours", ("target", "limit", "ours", ""), lines)
+    return TextTable("Targets of ours", ("target", "limit", "ours", ""), lines)
 
 
 def targets(results: dict[str, Any]) -> list[Row]:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table as RichTable
+from lightning_peft.reporting import TextTable
 
 MIB = 2**20
 ARMS = ("frozen", "ours", "PEFT", "full")
@@ -15,28 +13,7 @@ LIMITS = {"bytes": 36.0, "LoRA": 12.0, "LoRA, dropout 0.1": 15.0, "DoRA": 18.0, 
 Row = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Table:
-    """A table of text, for the terminal and for a page."""
-
-    title: str
-    columns: tuple[str, ...]
-    rows: list[tuple[str, ...]]
-
-    def markdown(self) -> str:
-        """Return the table under its title."""
-        lines = [self.columns, ("---",) * len(self.columns), *self.rows]
-        return "\n".join([f"{self.title}\n", *(f"| {' | '.join(line)} |" for line in lines)])
-
-    def show(self, console: Console) -> None:
-        """Print the table."""
-        table = RichTable(*self.columns, title=self.title, title_justify="left")
-        for row in self.rows:
-            table.add_row(*row)
-        console.print(table)
-
-
-def tables(results: dict[str, Any]) -> list[Table]:
+def tables(results: dict[str, Any]) -> list[TextTable]:
     """Return the tables of the parts that were run."""
     makers = {
         "bytes": bytes_table, "saved": saved_table, "host": host_table, "step": step_table, "tried": tried_table,
@@ -86,7 +63,7 @@ def grouped(rows: list[Row], *keys: str) -> dict[tuple[str, ...], dict[str, Row]
     return found
 
 
-def bytes_table(rows: list[Row]) -> Table:
+def bytes_table(rows: list[Row]) -> TextTable:
     lines = []
     for names, arms in grouped(rows, "base", "method").items():
         cells = [
@@ -95,27 +72,27 @@ def bytes_table(rows: list[Row]) -> Table:
         ]
         lines.append((*names, *cells))
     title = "One adapted linear: operations (forward + backward) / MiB moved beyond the frozen layer"
-    return Table(title, ("base", "method", *ARMS[1:]), lines)
+    return TextTable(title, ("base", "method", *ARMS[1:]), lines)
 
 
-def saved_table(rows: list[Row]) -> Table:
+def saved_table(rows: list[Row]) -> TextTable:
     lines = [
         (*names, *(f"{arms[arm]['bytes'] / MIB:.1f}" for arm in ARMS))
         for names, arms in grouped(rows, "method").items()
     ]
-    return Table("Kept for the backward pass, MiB, Llama of two layers in bfloat16", ("method", *ARMS), lines)
+    return TextTable("Kept for the backward pass, MiB, Llama of two layers in bfloat16", ("method", *ARMS), lines)
 
 
-def host_table(rows: list[Row]) -> Table:
+def host_table(rows: list[Row]) -> TextTable:
     lines = [
         (*names, *(f"{arms[arm]['forward_us']:.0f} / {arms[arm]['both_us']:.0f}" for arm in ARMS))
         for names, arms in grouped(rows, "base", "method").items()
     ]
     title = f"One call of a small linear, microseconds: forward / forward and backward (median of {rows[0]['calls']})"
-    return Table(title, ("base", "method", *ARMS), lines)
+    return TextTable(title, ("base", "method", *ARMS), lines)
 
 
-def step_table(rows: list[Row]) -> Table:
+def step_table(rows: list[Row]) -> TextTable:
     lines = []
     for row in rows:
         times = [f"{row['milliseconds'][arm]:.1f}" if arm in row["milliseconds"] else "-" for arm in ARMS]
@@ -126,10 +103,10 @@ def step_table(rows: list[Row]) -> Table:
         lines.append((name, row["dtype"], row["method"], *times, ratio, overhead, *peaks))
     columns = ("shape", "dtype", "method", *ARMS, "ours / PEFT (quartiles)", "overhead")
     memory = ("peak MiB, by arm",) if "peak_bytes" in rows[0] else ()
-    return Table(f"Training step, milliseconds (median of {rows[0]['rounds']} rounds)", (*columns, *memory), lines)
+    return TextTable(f"Training step, milliseconds (median of {rows[0]['rounds']} rounds)", (*columns, *memory), lines)
 
 
-def tried_table(rows: list[Row]) -> Table:
+def tried_table(rows: list[Row]) -> TextTable:
     lines = [
         (
             row["idea"],
@@ -138,12 +115,12 @@ def tried_table(rows: list[Row]) -> Table:
         )
         for row in rows
     ]
-    return Table(
+    return TextTable(
         "Tried, milliseconds", ("idea, and what it is part of", "without", "with", "whole", "saved of the whole"), lines
     )
 
 
-def target_table(rows: list[Row]) -> Table:
+def target_table(rows: list[Row]) -> TextTable:
     lines = [
         (
             row["target"],
@@ -154,7 +131,7 @@ def target_table(rows: list[Row]) -> Table:
         )
         for row in rows
     ]
-    return Table("Targets", ("target", "limit", "ours", "PEFT", ""), lines)
+    return TextTable("Targets", ("target", "limit", "ours", "PEFT", ""), lines)
 
 
 def targets(results: dict[str, Any]) -> list[Row]:

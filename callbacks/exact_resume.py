@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 import os
-from typing import Any
+from typing import Any, cast
 
 import lightning.pytorch as pl
 import torch
@@ -64,6 +65,11 @@ class ExactResume(pl.Callback):
             self._device, self._positions = trainer.strategy.root_device, []
             self._random = self._resume = None
             change_train_loader(trainer, _OWNER, self._follow, rows=False)
+            if "dataloader_iter" in inspect.signature(pl_module.training_step).parameters:
+                rank_zero_warn(
+                    f"{_OWNER}: training_step takes dataloader_iter, so which rows were used is not known: a run resumed in "
+                    "mid-epoch gets its first rows again, unless the loader has state_dict and load_state_dict."
+                )
 
     @override
     def on_save_checkpoint(
@@ -74,8 +80,9 @@ class ExactResume(pl.Callback):
             "buffers": own_buffers(pl_module),
         }
         ended = trainer.is_last_batch  # of the epoch: what loaders have left is not asked for
+        anew = ended and cast("Any", trainer).reload_dataloaders_every_n_epochs == 1  # with generators of their own
         own["positions"] = {
-            number: position.state_dict(at_the_end=ended) for number, position in enumerate(self._positions)
+            number: position.state_dict(at_the_end=ended) for number, position in enumerate(self._positions) if not anew
         }
         # Of optimizers that are stepped by hand, one may accumulate while another steps.
         if trainer.global_step == self._step or not pl_module.automatic_optimization:

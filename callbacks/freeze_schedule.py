@@ -11,6 +11,7 @@ from lightning_utilities.core.rank_zero import rank_zero_info
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
+from torch.optim import LBFGS
 from typing_extensions import override
 
 from lightning_peft.blocks import block_of
@@ -29,6 +30,7 @@ from lightning_peft.distributed import (
 from lightning_peft.freezing import (
     StillLayers,
     drop_frozen_state,
+    forget_directions,
     record_trained,
     set_trainable,
     trainable_count,
@@ -216,6 +218,12 @@ class FreezeSchedule(pl.Callback):
                     f"{_OWNER}: phase {number} trains {len(without)} parameters that no optimizer holds, first "
                     f"{without[:3]}. Give configure_optimizers every parameter that a phase trains ({phase.train})."
                 )
+        uneven = [phase for phase in self.phases if phase.warmup_steps or isinstance(phase.lr_scale, dict)]
+        if uneven and any(isinstance(optimizer, LBFGS) for optimizer in trainer.optimizers):
+            raise ValueError(
+                f"{_OWNER}: LBFGS has one learning rate for all, but {uneven[0]} gives parts their own. Write lr_scale as one "
+                "number, without warmup_steps."
+            )
         if any(phase.lr_scale != 1 or phase.warmup_steps for phase in self.phases):
             self._rates.attach(trainer.optimizers, self._factor_now(trainer, pl_module))
             for block in dict.fromkeys(map(block_of, self._parameters.names)):
@@ -243,9 +251,7 @@ class FreezeSchedule(pl.Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        if (
-            self.clock.over and self.clock.stepped
-        ):  # a validation in mid-epoch saw it; never among accumulated gradients
+        if self.clock.over and self.clock.stepped:  # a validation in mid-epoch saw it; not among accumulated gradients
             self._move_on(trainer, pl_module)
         self._still.keep(pl_module)  # somebody may have called train()
         every = cast("Any", trainer).log_every_n_steps
@@ -257,7 +263,6 @@ class FreezeSchedule(pl.Callback):
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
-        self._rates.scale(optimizer)
         if id(optimizer) not in self._checked:
             self._checked.add(id(optimizer))
             held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
@@ -336,6 +341,7 @@ class FreezeSchedule(pl.Callback):
         before = self.number
         if self.clock.advance(trainer, in_epoch=trainer.current_epoch if in_epoch is None else in_epoch):
             self._log(trainer, pl_module, before, trainer.global_step - 1)  # the riser of the staircase
+            forget_directions(trainer.optimizers)
             self._apply(trainer, pl_module)
 
     def _apply(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -78,30 +78,26 @@ class StepRates:
         """Leave out what belongs to a run: it can be neither copied nor sent to a process."""
         return {**vars(self), "_handles": [], "_factor": None, "_depth": {}, "_kept": {}}
 
-    def scale(self, optimizer: torch.optim.Optimizer) -> None:
-        """Scale now, if a step has begun: after the closure, whose ``training_step`` sees the groups as they are."""
-        if self._depth.get(optimizer) and optimizer not in self._kept:
-            self._split(optimizer)
-
-    def _begin(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._depth[optimizer] = (
-            self._depth.get(optimizer, 0) + 1
-        )  # torch calls hooks again where a step calls super().step()
+    def _begin(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Split the groups before the update, but after the closure: a ``training_step`` sees them as they are."""
+        self._depth[optimizer] = self._depth.get(optimizer, 0) + 1  # a step that calls super().step() comes here twice
         closure = kwargs.get("closure") or next(iter(args[1:]), None)
-        early = closure is None or isinstance(optimizer, LBFGS)  # which reads its rate before it calls the closure
-        if early and optimizer not in self._kept:
+        if closure is None or isinstance(optimizer, LBFGS):  # which reads its rate before it calls the closure
             self._split(optimizer)
+            return None
+
+        def then_split() -> Any:
+            loss = closure()
+            self._split(optimizer)
+            return loss
+
+        return (args[0], then_split), {key: value for key, value in kwargs.items() if key != "closure"}
 
     def _split(self, optimizer: torch.optim.Optimizer) -> None:
-        assert self._factor is not None
-        self._kept[optimizer] = [(group, _parts(group, self._factor)) for group in optimizer.param_groups]
-        parts = [part for _, found in self._kept[optimizer] for part in found]
-        if isinstance(optimizer, LBFGS) and len(parts) > 1:
-            del self._kept[optimizer]
-            raise ValueError(
-                "FreezeSchedule: LBFGS has one learning rate; give lr_scale as one number, and no warmup_steps."
-            )
-        optimizer.param_groups = parts
+        if optimizer not in self._kept:
+            assert self._factor is not None
+            self._kept[optimizer] = [(group, _parts(group, self._factor)) for group in optimizer.param_groups]
+            optimizer.param_groups = [part for _, parts in self._kept[optimizer] for part in parts]
 
     def _restore(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         self._depth[optimizer] -= 1

@@ -70,9 +70,8 @@ def refuse_unsupported(trainer: pl.Trainer, owner: str) -> None:
         ValueError: For FSDP1, DeepSpeed and whatever else was never tried.
     """
     tried = SingleDeviceStrategy | DDPStrategy | ModelParallelStrategy
-    if not isinstance(trainer.strategy, tried) or isinstance(
-        trainer.strategy, DeepSpeedStrategy
-    ):  # a kind of DDP to Lightning
+    is_deepspeed = isinstance(trainer.strategy, DeepSpeedStrategy)  # a kind of DDP to Lightning
+    if is_deepspeed or not isinstance(trainer.strategy, tried):
         raise ValueError(
             f"{owner}: strategy {type(trainer.strategy).__name__} is not supported: what trains is fixed when it wraps "
             "the module. Use a single device, strategy='ddp', or ModelParallelStrategy (FSDP2)."

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
-from torch.optim import Optimizer
+from torch.optim import LBFGS, Optimizer
 
 from lightning_peft.adapters.attachment import attachment_of
 
@@ -52,6 +52,13 @@ def drop_frozen_state(optimizers: Iterable[Optimizer]) -> None:
     for optimizer in optimizers:
         for parameter in [parameter for parameter in optimizer.state if not parameter.requires_grad]:
             del optimizer.state[parameter]
+
+
+def forget_directions(optimizers: Iterable[Optimizer]) -> None:
+    """Let ``LBFGS`` begin its history anew: its past directions would go on moving what no longer trains."""
+    for optimizer in optimizers:
+        if isinstance(optimizer, LBFGS):
+            optimizer.state.clear()
 
 
 def record_trained(module: nn.Module) -> None:

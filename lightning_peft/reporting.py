@@ -6,6 +6,7 @@ import csv
 import io
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,40 @@ def format_value(value: object) -> str:
             return f"{value:.3g}"
         return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3f}"
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+
+
+@dataclass(frozen=True)
+class TextTable:
+    """A table of text, for the terminal and for a page.
+
+    Args:
+        title: Stands above it.
+        columns: What the columns are called.
+        rows: A text for every column.
+
+    >>> print(TextTable("Steps", ("head", "drift"), [("zero", "0.01")]).markdown())
+    Steps
+    <BLANKLINE>
+    | head | drift |
+    | --- | --- |
+    | zero | 0.01 |
+    """
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+    def markdown(self) -> str:
+        """Return the table as Markdown, under its title."""
+        lines = [self.columns, ("---",) * len(self.columns), *self.rows]
+        return "\n".join([f"{self.title}\n", *(f"| {' | '.join(line)} |" for line in lines)])
+
+    def show(self, console: Console | None = None) -> None:
+        """Print the table."""
+        table = Table(*self.columns, title=self.title, title_justify="left")
+        for row in self.rows:
+            table.add_row(*row)
+        (console or Console()).print(table)
 
 
 def print_table(title: str, measures: Mapping[str, str], rows: Mapping[str, Row]) -> None:

@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from lightning_peft.recipes import head_init_linear, head_init_minilm
 from lightning_peft.recipes.head_init_minilm import train_head
-from lightning_peft.recipes.head_init_page import linear_table, minilm_table, page, show
+from lightning_peft.recipes.head_init_page import linear_table, minilm_table, page
 from lightning_peft.recipes.head_init_picture import draw
 from lightning_peft.recipes.head_init_texts import Setting, Texts
 from lightning_peft.reporting import save_results
@@ -93,7 +93,7 @@ def run(options: HeadInit) -> dict[str, list[Row]]:
     page(written, found, asdict(options), asdict(HeadInit()))
     tables = {"linear": linear_table, "minilm": minilm_table}
     for part, rows in found.items():
-        show(tables[part](rows))
+        tables[part](rows).show()
     print(f"Results   {out}/*/results.json, results.csv\nPage      {written}\nPicture   {written.with_suffix('.png')}")
     return found
 

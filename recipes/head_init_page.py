@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table as Grid
-
 from lightning_peft.files import write_text
+from lightning_peft.reporting import TextTable
 
 Row = Mapping[str, Any]
 DIFFERENT = {
@@ -21,28 +18,6 @@ DIFFERENT = {
     "lost_recall": "lost recall@1",
 }
 FORMS = dict.fromkeys(DIFFERENT, ".3f") | {"drift": ".5f"}
-
-
-@dataclass(frozen=True)
-class Table:
-    """A table for screen and page."""
-
-    title: str
-    columns: Sequence[str]
-    rows: Sequence[Sequence[str]]
-
-    def markdown(self) -> str:
-        """Return the table as Markdown, its title above it."""
-        lines = [" | ".join(row) for row in (self.columns, ["---"] * len(self.columns), *self.rows)]
-        return "\n".join([f"{self.title}\n", *(f"| {line} |" for line in lines)])
-
-
-def show(table: Table) -> None:
-    """Print a table."""
-    grid = Grid(*table.columns, title=table.title, title_justify="left")
-    for row in table.rows:
-        grid.add_row(*row)
-    Console().print(grid)
 
 
 def where(rows: Sequence[Row], **wanted: Any) -> list[Row]:
@@ -87,7 +62,7 @@ def spread(values: Sequence[float], form: str = "#.3g") -> str:
     return f"{statistics.mean(values):{form}} ± {standard_error(values):{form.replace('#.3g', '#.2g')}}"
 
 
-def linear_table(rows: Sequence[Row]) -> Table:
+def linear_table(rows: Sequence[Row]) -> TextTable:
     """Return what each head does in the linear model."""
     keys = ("error", "shifted_error", "drift", "first_gradient")
     lines = []
@@ -97,10 +72,10 @@ def linear_table(rows: Sequence[Row]) -> Table:
             steps = statistics.mean(row["steps"] for row in found)
             lines.append([f"{noise:g}", head, *(spread([row[key] for row in found]) for key in keys), f"{steps:,.0f}"])
     columns = ("eps", "head", "ID error", "OOD error", "‖B - B₀‖", "first ‖∂L/∂B‖", "steps")
-    return Table(f"Linear model, mean ± standard error over {seeds_of(rows)}", columns, lines)
+    return TextTable(f"Linear model, mean ± standard error over {seeds_of(rows)}", columns, lines)
 
 
-def minilm_table(rows: Sequence[Row]) -> Table:
+def minilm_table(rows: Sequence[Row]) -> TextTable:
     """Return what each head has done to MiniLM after so many steps of the backbone."""
     lines = []
     for step in kinds(rows, "step"):
@@ -110,10 +85,10 @@ def minilm_table(rows: Sequence[Row]) -> Table:
             gradient = spread([row["first_gradient"] for row in found])
             lines.append([f"{found[0]['head_steps']} + {step}", head, *cells, gradient])
     columns = ("steps: head + backbone", "head", *DIFFERENT.values(), "first gradient")
-    return Table(f"MiniLM, mean ± standard error over {seeds_of(rows)}", columns, lines)
+    return TextTable(f"MiniLM, mean ± standard error over {seeds_of(rows)}", columns, lines)
 
 
-def difference_table(rows: Sequence[Row], counts: Mapping[str, int]) -> Table:
+def difference_table(rows: Sequence[Row], counts: Mapping[str, int]) -> TextTable:
     """Return how each head differs from the random one of the same seed, which saw the same rows.
 
     A star marks what has one sign at every seed and is beyond two standard errors, over seeds and over test rows together.
@@ -127,13 +102,13 @@ def difference_table(rows: Sequence[Row], counts: Mapping[str, int]) -> Table:
         for head in kinds(rows, "head")[1:]:
             pairs = list(zip(where(rows, step=step, head=head), where(rows, step=step, head="random"), strict=True))
             lines.append([str(step), head, *(difference(pairs, key, counts.get(key)) for key in DIFFERENT)])
-    return Table("Less random head, paired by seed", ("backbone steps", "head", *DIFFERENT.values()), lines)
+    return TextTable("Less random head, paired by seed", ("backbone steps", "head", *DIFFERENT.values()), lines)
 
 
-def verdict(differences: Table) -> str:
+def verdict(differences: TextTable) -> str:
     """Say in a sentence which differences have a star.
 
-    >>> verdict(Table("", ("steps", "head", "drift"), [("10", "zero", "-0.1 ± 0.0 *"), ("50", "zero", "-0.1 ± 0.2")]))
+    >>> verdict(TextTable("", ("steps", "head", "drift"), [("10", "zero", "-0.1 ± 0.0 *"), ("50", "zero", "-0.1 ± 0.2")]))
     'Starred: zero after 10, drift -0.1.'
     """
     starred = [

@@ -41,7 +41,7 @@ from lightning_peft.callbacks import (
 from lightning_peft.distributed import gather_rows, rank, world_size
 from lightning_peft.losses import in_batch_contrastive
 from lightning_peft.metrics import RecallAtOne
-from tests.resume_matrix import differences, remove, shared_folder
+from tests.resume_matrix import STRATEGIES, differences, remove, shared_folder
 from tests.toy import Toy, rows, weights
 
 BATCH = 12  # rows of a step over all processes
@@ -122,9 +122,7 @@ def unfreezing_by_steps() -> Result:
 
 
 VARIANTS: dict[str, Callable[[], DDPStrategy]] = {
-    "find_unused_parameters": lambda: DDPStrategy(find_unused_parameters=True),
-    "static_graph": lambda: DDPStrategy(static_graph=True),
-    "gradient_as_bucket_view": lambda: DDPStrategy(gradient_as_bucket_view=True),
+    **{name: made for name, made in STRATEGIES.items() if not name.startswith("fsdp2")},
     "a communication hook": lambda: DDPStrategy(ddp_comm_hook=default_hooks.allreduce_hook),
     "small buckets": lambda: DDPStrategy(bucket_cap_mb=1e-4),
 }

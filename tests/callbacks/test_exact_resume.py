@@ -305,6 +305,24 @@ def test_a_combined_loader_of_the_user_s_stays_what_it_was(fit):
     assert [type(loader) for loader in combined.flattened] == [DataLoader]
 
 
+@pytest.mark.parametrize("stop", [2, 4, 6])
+def test_loaders_that_are_made_anew_each_epoch_go_on(stop, fit, tmp_path):
+    again, whole = resumed_and_whole(
+        fit, tmp_path, lambda: Net(generator_of_its_own), stop=stop, reload_dataloaders_every_n_epochs=1
+    )
+    assert same(again, whole)
+
+
+@pytest.mark.filterwarnings("ignore:Found `dataloader_iter`")
+def test_a_step_that_takes_the_iterator_is_told_what_is_lost(fit):
+    class Takes(Net):
+        def training_step(self, dataloader_iter):
+            return super().training_step(next(dataloader_iter)[0], 0)
+
+    with pytest.warns(UserWarning, match="training_step takes dataloader_iter, so which rows were used is not known"):
+        fit(Takes(), ExactResume(), limit_val_batches=0)
+
+
 def test_a_loader_that_leads_elsewhere_is_noticed(fit, tmp_path):
     counts = iter([24, 24, 23])
 

@@ -266,21 +266,47 @@ def test_lbfgs_takes_one_scale_and_refuses_two(fit):
     fit(scaled, FreezeSchedule([Phase(["*"], lr_scale=0.1)]))
     for name, value in weights(by_hand).items():
         torch.testing.assert_close(weights(scaled)[name], value, rtol=0, atol=1e-14)
-    with pytest.raises(ValueError, match="LBFGS has one learning rate"):
-        fit(Quasi(), FreezeSchedule([Phase(["*"], lr_scale={"head.*": 0.1})]))
+    phases = [Phase(["*"], steps=50), Phase(["*"], lr_scale={"head.*": 0.1})]
+    with pytest.raises(ValueError, match="LBFGS has one learning rate for all"):
+        fit(Quasi(), FreezeSchedule(phases))
 
 
-def test_an_optimizer_that_is_stepped_past_lightning_is_scaled_too(fit):
+def test_lbfgs_moves_nothing_that_is_frozen_again(fit):
+    class Quasi(Plain):
+        def configure_optimizers(self):
+            return torch.optim.LBFGS(self.parameters(), lr=self.lr)
+
+    class Heads(pl.Callback):
+        def __init__(self):
+            self.seen = []
+
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            self.seen.append(pl_module.head.weight.detach().clone())
+
+    heads = Heads()
+    fit(Quasi(), FreezeSchedule([Phase(["*"], steps=2), Phase(["backbone.*"])]), heads)
+    assert not torch.equal(heads.seen[0], heads.seen[1])
+    assert all(torch.equal(head, heads.seen[1]) for head in heads.seen[2:])
+
+
+@pytest.mark.parametrize("with_closure", [False, True])
+def test_an_optimizer_that_is_stepped_past_lightning_is_scaled_too(with_closure, fit):
     class Raw(Plain):
         def __init__(self):
             super().__init__()
             self.automatic_optimization = False
 
         def training_step(self, batch, batch_idx):
+            def closure():
+                optimizer.zero_grad()
+                self.manual_backward(F.cross_entropy(self(batch[0]), batch[1]))
+
             optimizer = self.optimizers(use_pl_optimizer=False)
-            optimizer.zero_grad()
-            self.manual_backward(F.cross_entropy(self(batch[0]), batch[1]))
-            optimizer.step()
+            if with_closure:
+                optimizer.step(closure)
+            else:
+                closure()
+                optimizer.step()
 
     rates = Rates()
     fit(Raw(), FreezeSchedule([Phase(["*"], lr_scale=0.5)]), rates, steps=None)
