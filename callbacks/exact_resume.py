@@ -6,7 +6,7 @@ import copy
 import functools
 import inspect
 import os
-from typing import Any, cast
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -15,9 +15,10 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_peft.callbacks.plateau_looks import PlateauLooks
 from lightning_peft.data.resumable_loader import LoaderPosition, can_go_on, goes_on_by_itself, resumable
 from lightning_peft.distributed import as_part_of, gather_objects, local_part, own_buffers, rank
+from lightning_peft.fit_progress import Left, go_on, loads_anew, settle, where
+from lightning_peft.logged_metrics import logged_metrics, set_logged_metrics
 from lightning_peft.one_lightning import refuse_pytorch_lightning
 from lightning_peft.randomness import RandomState, random_state, set_random_state
 from lightning_peft.train_loader import change_train_loader, leave_train_loader
@@ -30,10 +31,11 @@ class ExactResume(pl.Callback):
     """Resume exactly: a run that was killed and resumed ends with the weights of one that was not.
 
     Lightning's checkpoints hold weights, optimizers, schedulers and counters. This adds, for every process, the state of all
-    random generators (Python, numpy, torch, CUDA), the position in map-style loaders, and the gradients of a batch that is
-    accumulated by halves. It makes up for the look at its metric that a ``ReduceLROnPlateau`` takes after the checkpoint is
-    written, and that Lightning leaves out when it resumes. Loaders that keep their own position (``state_dict`` and
-    ``load_state_dict``) are left to do so; one that can do neither is named in a warning.
+    random generators (Python, numpy, torch, CUDA), the position in map-style loaders, the gradients of a batch that is
+    accumulated by halves, and what was logged. What was left of a batch or an epoch when the checkpoint was written follows
+    first: the validation that was due, the hooks of the epoch's end, and the look at its metric that a ``ReduceLROnPlateau``
+    takes; Lightning leaves them out. Loaders that keep their own position (``state_dict`` and ``load_state_dict``) are left to
+    do so; one that can do neither is named in a warning.
 
     **The trap:** what validation draws is taken back, so that the random numbers of training do not depend on how often it is
     validated. A run with this callback and random validation loaders thus differs from one without.
@@ -54,7 +56,6 @@ class ExactResume(pl.Callback):
         self._device: torch.device | None = None
         self._positions: list[LoaderPosition] = []
         self._step = 0
-        self._looks = PlateauLooks()
         self._random: RandomState | None = None
         self._resume: dict[str, Any] | None = None
 
@@ -78,12 +79,11 @@ class ExactResume(pl.Callback):
         own: dict[str, Any] = {
             "random": self._random if trainer.validating else random_state(self._device),
             "buffers": own_buffers(pl_module),
+            "logged": logged_metrics(trainer),
         }
         ended = trainer.is_last_batch  # of the epoch: what loaders have left is not asked for
-        anew = ended and cast("Any", trainer).reload_dataloaders_every_n_epochs == 1  # with generators of their own
-        own["positions"] = {
-            number: position.state_dict(at_the_end=ended) for number, position in enumerate(self._positions) if not anew
-        }
+        if not (ended and loads_anew(trainer)):  # new ones come with generators of their own
+            own["positions"] = {number: one.state_dict(at_the_end=ended) for number, one in enumerate(self._positions)}
         # Of optimizers that are stepped by hand, one may accumulate while another steps.
         if trainer.global_step == self._step or not pl_module.automatic_optimization:
             own["gradients"] = _gradients(pl_module)
@@ -91,7 +91,7 @@ class ExactResume(pl.Callback):
         checkpoint["callbacks"][self.state_key] = {
             "processes": gather_objects(own),
             "seed": seed,
-            "plateaus": self._looks.due(trainer),
+            "place": where(trainer),
         }
 
     @override
@@ -115,15 +115,16 @@ class ExactResume(pl.Callback):
             )
         if saved["seed"] is not None:
             os.environ[_GLOBAL_SEED] = saved["seed"]
-        self._resume = {**processes[rank()], "plateaus": saved["plateaus"]}
+        self._resume = {**processes[rank()], "place": saved["place"], "left": settle(checkpoint, saved["place"])}
         self._random = self._resume["random"]
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._step = -1
-        self._looks.nothing_is_due()
         if self._resume is not None:
-            self._looks.make_up(trainer, pl_module, self._resume["plateaus"])
+            left = self._resume["left"]
+            set_logged_metrics(trainer, self._resume["logged"], in_epoch=left not in {Left.EPOCH, Left.NOTHING})
+            go_on(trainer, left, self._resume["place"])
             for name, buffer in self._resume["buffers"].items():
                 pl_module.get_buffer(name).copy_(buffer)
         if self._random is not None:
@@ -137,28 +138,19 @@ class ExactResume(pl.Callback):
             _give_gradients(pl_module, self._resume.get("gradients", {}))
             self._resume = None
         self._step = trainer.global_step
-        self._looks.nothing_is_due()
 
     @override
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self._random = random_state(self._device)
-        self._looks.after_batch(batch_idx, stepped=trainer.global_step != self._step, last=trainer.is_last_batch)
 
     @override
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.state.fn == "fit" and not trainer.sanity_checking and self._random is not None:
             set_random_state(self._random, self._device)
-            self._looks.validated = True
-
-    @override
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._looks.after_epoch()
-
-    @override
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._looks.nothing_is_due()
+            if self._resume is not None and not pl_module.automatic_optimization:
+                self._resume["gradients"] = {}  # Lightning takes those of manual steps back before it validates
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -192,7 +184,7 @@ class ExactResume(pl.Callback):
             return False
         if (state := self._resume.pop("random", None)) is not None:  # again: an iterator or a hook may have drawn since
             set_random_state(state, self._device)
-        position = self._resume["positions"].pop(number, None)
+        position = self._resume.get("positions", {}).pop(number, None)
         if position is not None:
             self._positions[number].load_state_dict(position)
         return position is not None

@@ -232,15 +232,13 @@ class FreezeSchedule(pl.Callback):
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        # The first hook at which every strategy has restored loops and callbacks. A checkpoint of an epoch's last
-        # batch resumes into the next epoch without its on_train_epoch_start: what is due is due here too.
+        # The first hook at which every strategy has restored loops and callbacks.
         plateaus = [phase.until for phase in self.phases if isinstance(phase.until, Plateau)]
-        if not sum(trainer.num_val_batches) and (blind := [one for one in plateaus if one.each == "validation"]):
+        if not trainer.enable_validation and (blind := [one for one in plateaus if one.each == "validation"]):
             raise ValueError(
                 f"{_OWNER}: {blind[0]} needs validations, and the run has none. Write Plateau(..., each='epoch')."
             )
         self.clock.start(trainer)
-        self.clock.advance(trainer, in_epoch=trainer.current_epoch + int(trainer.is_last_batch))
         self._apply(trainer, pl_module)
 
     @override
@@ -251,7 +249,8 @@ class FreezeSchedule(pl.Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        if self.clock.over and self.clock.stepped:  # a validation in mid-epoch saw it; not among accumulated gradients
+        # A validation in mid-epoch may have ended the phase; a run may resume into an epoch without its on_train_epoch_start.
+        if self.clock.stepped:  # not among accumulated gradients
             self._move_on(trainer, pl_module)
         self._still.keep(pl_module)  # somebody may have called train()
         every = cast("Any", trainer).log_every_n_steps

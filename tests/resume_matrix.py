@@ -45,6 +45,9 @@ SCHEDULERS: dict[str, Callable[[torch.optim.Optimizer], Any]] = {
         optimizer, [schedulers.ConstantLR(optimizer), schedulers.ExponentialLR(optimizer, 0.9)], [3]
     ),
     "ReduceLROnPlateau": lambda optimizer: schedulers.ReduceLROnPlateau(optimizer, patience=0, threshold=0.1),
+    "ReduceLROnPlateau, of epochs": lambda optimizer: schedulers.ReduceLROnPlateau(
+        optimizer, factor=0.8, patience=0, threshold=0.1
+    ),
 }
 # Batches after which a run of three epochs of four batches is killed. Phases begin after the optimizer steps 2 and 5.
 STOPS = {
@@ -91,17 +94,25 @@ class RandomToy(Toy):
     def train_dataloader(self) -> DataLoader:
         return DataLoader(RandomRows(), 12 // world_size(), shuffle=True)
 
+    def val_dataloader(self) -> DataLoader:
+        return DataLoader(RandomRows(), 12 // world_size())
+
     def training_step(self, batch, batch_idx):
         loss = F.cross_entropy(self(batch[0]), batch[1])
-        self.log("loss", loss, sync_dist=True)
+        self.log("loss", loss, on_step=True, on_epoch=True, sync_dist=True)
         return loss
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val_loss", F.cross_entropy(self(batch[0]), batch[1]), sync_dist=True)
 
     def configure_optimizers(self):
         optimizer = torch.optim.AdamW(self.parameters(), lr=self.lr, weight_decay=0.1)
         made = SCHEDULERS[self.scheduler](optimizer)
         if made is None:
             return optimizer
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": made, "interval": "step", "monitor": "loss"}}
+        unit = "epoch" if self.scheduler.endswith("epochs") else "step"
+        how = {"interval": unit, "monitor": f"loss_{unit}"}
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": made, **how}}
 
 
 class Keep(pl.Callback):
@@ -148,6 +159,7 @@ def train(
         devices=world_size(),
         strategy=STRATEGIES[strategy]() if dist.is_initialized() else "auto",
         max_epochs=3,
+        num_sanity_val_steps=0,
         accumulate_grad_batches=accumulate,
         callbacks=[FreezeSchedule(phases), ExactResume(), *more],
         logger=False,
