@@ -4,24 +4,33 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator
-from typing import Any, cast
+from collections.abc import Callable
+from fractions import Fraction
+from typing import Any, Literal, cast, get_args
 
 import lightning.pytorch as pl
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 from typing_extensions import override
 
+from lightning_peft.callbacks.replay_tokens import TokenCount
+from lightning_peft.callbacks.replay_ways import Beside, Mixed, Streamed, Way
+from lightning_peft.data.beside_plan import BesidePlan
+from lightning_peft.data.collating import collate_error, try_memory
 from lightning_peft.data.mix_loader import BesideSampler, MixLoader, Rows, carried_options, row_count, shuffles
-from lightning_peft.data.mix_plan import BesidePlan, MemoryStream, MixPlan, exact
+from lightning_peft.data.mix_plan import MixPlan
+from lightning_peft.data.mix_stream import MixStreamLoader
+from lightning_peft.data.ratio import Curve, SteeredCurve, exact
+from lightning_peft.data.streams import Stream
 from lightning_peft.logging import log_values, register_chart
 from lightning_peft.mixins import ReplayMixin
 from lightning_peft.one_lightning import refuse_pytorch_lightning
 from lightning_peft.train_loader import change_train_loader, leave_train_loader
 
 _OWNER = "ReplayMixing"
+Unit = Literal["rows", "tokens", "loss"]
 
 
 class ReplayMixing(pl.Callback):
@@ -32,7 +41,8 @@ class ReplayMixing(pl.Callback):
     unchanged and gets a batch of old rows beside each: ``ratio / (1 - ratio)`` times as many rows.
 
     After every step, ``|old rows - ratio * all rows| < 1``, counted over the whole run and all processes. Which rows
-    come when depends on the seed and the step alone.
+    come when depends on the seed and the step alone. A ratio that changes from step to step is summed; an epoch then has as
+    many steps as without replay, and the next one goes on with the new rows that are left.
 
     Scialom et al. 2022, arXiv:2205.12393: 1 % of rehearsal kept about all earlier skills over 8 tasks.
 
@@ -40,57 +50,94 @@ class ReplayMixing(pl.Callback):
 
     Args:
         memory: Old rows: a map-style dataset, or a loader, whose dataset, collate function and workers are then used.
-            A dataset is collated like the training rows.
-        ratio: Share of old rows among all rows of a step, inside (0, 1).
+            A dataset is collated like the training rows. A buffer may grow between fits.
+        ratio: Share of old rows, inside (0, 1); or a function that takes the number of the step, from 0, and returns a
+            share in [0, 1), such as :class:`~lightning_peft.data.LinearRatio`.
         weight: Factor of the loss that ``replay_step`` returns.
+        unit: What the ratio is a share of. ``"rows"``; ``"tokens"``: rows are drawn in the share that makes up this share
+            of tokens, by the mean lengths; ``"loss"``: with ``replay_step``, the training loss is
+            ``(1 - ratio) * new + ratio * old``, with at least one old row beside each step.
+        tokens: For ``unit="tokens"``: takes a row and returns how many tokens it has.
         seed: Seed of the order of old (and, where they are mixed, new) rows.
 
     Raises:
-        ValueError: For a ratio outside (0, 1), a weight that is not positive, an empty memory; before training, for a
-            module with ``replay_step`` but without ``ReplayMixin``, for rows that do not collate, and for a loader
-            whose order mixing would silently replace.
+        ValueError: For a ratio outside (0, 1), a weight that is not positive, an empty memory, a unit that lacks what it
+            needs; before training, for a module with ``replay_step`` but without ``ReplayMixin``, for rows that do not
+            collate, and for a loader whose order mixing would silently replace.
 
     >>> ReplayMixing(memory=[("old text", 0)] * 50, ratio=0.1).ratio
     Fraction(1, 10)
     """
 
-    def __init__(self, memory: Rows, ratio: float = 0.2, weight: float = 1.0, *, seed: int = 0) -> None:
-        self.ratio = exact(ratio, _OWNER)
+    def __init__(
+        self,
+        memory: Rows,
+        ratio: float | Callable[[int], float] = 0.2,
+        weight: float = 1.0,
+        *,
+        unit: Unit = "rows",
+        tokens: Callable[[Any], int] | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.ratio: Fraction | Curve = Curve(ratio, _OWNER) if callable(ratio) else exact(ratio, _OWNER)
         if not isinstance(weight, int | float) or not 0 < weight < math.inf:
             raise ValueError(f"{_OWNER}: weight={weight!r} must be above 0; leave the callback out for no replay.")
-        self.weight, self.seed = weight, seed
+        if unit not in get_args(Unit):
+            raise ValueError(f"{_OWNER}: unit={unit!r} must be one of {', '.join(map(repr, get_args(Unit)))}.")
+        if (tokens is not None) != (unit == "tokens"):
+            raise ValueError(
+                f"{_OWNER}: unit={unit!r} with tokens={tokens!r}: a function that counts goes with 'tokens'."
+            )
+        if unit == "loss" and weight != 1:
+            raise ValueError(
+                f"{_OWNER}: weight={weight!r} with unit='loss': the ratio is the weight already. Leave it out."
+            )
+        self.weight, self.unit, self.seed = weight, unit, seed
+        self.tokens = None if tokens is None else TokenCount(tokens, _OWNER)
         self.loader = memory if isinstance(memory, DataLoader) else None
         self.rows = cast("Dataset[Any]", memory.dataset if isinstance(memory, DataLoader) else memory)
-        self.memory = MemoryStream(row_count(self.rows, f"{_OWNER}: memory"), seed)
+        row_count(self.rows, f"{_OWNER}: memory")
         self.epoch, self.step = 0, 0
-        self._mixed: MixLoader | None = None
-        self._beside: tuple[BesidePlan, Iterator[Any]] | None = None
+        self._coming = 0
+        self._way: Way | None = None
 
     @property
     def state_key(self) -> str:
         """Name of this callback's state in a checkpoint."""
         return self._generate_state_key(seed=self.seed)
 
-    def _mix(self, loader: DataLoader[Any]) -> MixLoader:
-        plan = MixPlan(
-            new=row_count(loader.dataset, f"{_OWNER}: training data"),
-            memory=self.memory,
-            ratio=self.ratio,
-            batch=loader.batch_size or 1,
-            seed=self.seed,
-            shuffle=shuffles(loader, _OWNER),
-            drop_last=loader.drop_last,
-        )
-        if plan.steps == 0:
-            raise ValueError(f"{_OWNER}: {plan.new} rows fill no batch of {plan.batch} under drop_last=True.")
-        new = cast("Any", loader.dataset)[0]
-        if error := _collate_error(loader, [new]):
+    @property
+    def memory(self) -> Stream:
+        """The endless draws from the old rows."""
+        return Stream(row_count(self.rows, f"{_OWNER}: memory"), self.seed)
+
+    def steer(self, ratio: float) -> None:
+        """Begin with a share that may be changed while training; call it before the fit's ``setup``.
+
+        Args:
+            ratio: In [0, 1).
+        """
+        self.ratio = SteeredCurve(ratio, _OWNER)
+
+    def change_ratio(self, ratio: float) -> int:
+        """Let the share of old rows be another one, from the first step whose rows are not chosen yet.
+
+        Args:
+            ratio: In [0, 1).
+
+        Returns:
+            That step, counted from 0 over the run.
+
+        Raises:
+            ValueError: If the share is not steered.
+        """
+        if not isinstance(self.ratio, SteeredCurve) or self._way is None or self._way.steps is None:
             raise ValueError(
-                f"{_OWNER}: the training loader cannot put its own rows into a batch ({error}). Give it the collate_fn "
-                "that they need."
+                f"{_OWNER}: the ratio is {_told(self.ratio)}; call steer() before the fit to change it while training."
             )
-        self._try_memory(loader, [new])
-        return MixLoader(loader, self.rows, plan)
+        step = self._coming + self._way.ahead
+        self.ratio.change(step, ratio)
+        return step
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -98,21 +145,22 @@ class ReplayMixing(pl.Callback):
         if stage != "fit":
             return
         self.epoch, self.step = trainer.current_epoch, 0
-        register_chart(trainer, "Replay", "share of old rows", ["replay/ratio"])
+        charts = {"share of old rows": ["replay/ratio"]}
         if sum(isinstance(callback, ReplayMixing) for callback in cast("Any", trainer).callbacks) > 1:
             raise ValueError(
                 f"{_OWNER}: stands twice among the callbacks; only one memory would be replayed. Join them by "
                 "torch.utils.data.ConcatDataset."
             )
         if self._goes_beside(pl_module):
-            register_chart(trainer, "Replay", "loss on old rows", ["replay/loss"])
-            return
-        if (share := cast("Any", trainer).overfit_batches) > 0:
-            raise ValueError(
-                f"{_OWNER}: overfit_batches={share!r} replaces the sampler that mixes. Use "
-                "limit_train_batches, or leave the callback out of that run."
-            )
-        change_train_loader(trainer, _OWNER, functools.partial(self._mixed_in, trainer), rows=True)
+            charts["losses"] = ["replay/loss", "replay/loss_new"]
+        else:
+            change_train_loader(trainer, _OWNER, functools.partial(self._mixed_in, trainer), rows=True)
+        if isinstance(self.ratio, Curve):
+            charts["share of old rows"].append("replay/ratio_now")
+        if self.tokens is not None:
+            charts["share of old tokens"] = ["replay/tokens"]
+        for title, keys in charts.items():
+            register_chart(trainer, "Replay", title, keys)
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -127,38 +175,45 @@ class ReplayMixing(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._goes_beside(pl_module):
             plan = self._beside_plan(trainer)
-            self._beside = plan, iter(self._beside_loader(trainer, plan))
+            self._way = Beside(plan, iter(self._beside_loader(trainer, plan)))
+        steps = self._present.steps
+        self._coming = self.epoch * (steps or 0) + self.step
         rank_zero_info(
-            f"{_OWNER}: {float(self.ratio):.1%} old rows from a memory of {self.memory.rows}; "
-            f"an epoch is {self._plan().steps} steps."
+            f"{_OWNER}: {_told(self.ratio)} old {self.unit} from a memory of {self.memory.rows}"
+            + ("." if steps is None else f"; an epoch is {steps} steps.")
         )
 
     @override
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # Not called when a run resumes in mid-epoch: the position from the checkpoint stays then.
         if trainer.current_epoch != self.epoch:
-            self.epoch, self.step = trainer.current_epoch, 0
+            self.epoch, self.step = trainer.current_epoch, self.step if self._present.steps is None else 0
+        if self._present.steps is None:
+            self._present.go_to(self.epoch, self.step)
 
     @override
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        if self._beside is None:
+        self._coming = self.epoch * (self._present.steps or 0) + self.step + 1
+        if not isinstance(self._way, Beside):
             return
-        plan, batches = self._beside
-        rows, scale = plan.share(self.epoch, self.step, trainer.global_rank)
+        rows, scale = self._way.plan.share(self.epoch, self.step, trainer.global_rank)
         if rows:
             assert isinstance(pl_module, ReplayMixin)
-            old = trainer.strategy.batch_to_device(trainer.precision_plugin.convert_input(next(batches)))
-            pl_module.replay = old, self.weight * scale
+            old = trainer.strategy.batch_to_device(trainer.precision_plugin.convert_input(next(self._way.batches)))
+            share = self._now() if self.unit == "loss" else None
+            pl_module.replay = old, scale * (self.weight if share is None else share), 1 - (share or 0)
 
     @override
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        if self.tokens is not None and isinstance(self._way, Mixed):
+            self.tokens.count(self._way.loader.mix_sampler.plan, self.epoch, self.step)
         self.step += 1
         pl_module.log_dict(self._values(pl_module), on_step=True, on_epoch=False)
-        if self.step == self._plan().steps:
+        if self.step == self._present.steps:
             self.epoch, self.step = self.epoch + 1, 0
 
     @override
@@ -169,37 +224,57 @@ class ReplayMixing(pl.Callback):
     def _values(self, pl_module: pl.LightningModule) -> dict[str, float | Tensor]:
         old, total = self.drawn()
         values: dict[str, float | Tensor] = {"replay/ratio": old / total}
+        if isinstance(self.ratio, Curve):
+            values["replay/ratio_now"] = self._now()
+        if self.tokens is not None and self.tokens.all:
+            values["replay/tokens"] = self.tokens.old / self.tokens.all
         if isinstance(pl_module, ReplayMixin) and pl_module.replay_loss is not None:
-            values["replay/loss"] = pl_module.replay_loss
+            assert pl_module.new_loss is not None
+            values |= {"replay/loss": pl_module.replay_loss, "replay/loss_new": pl_module.new_loss}
         return values
+
+    def _now(self) -> float:
+        """Return the share at the coming step."""
+        if isinstance(self.ratio, Fraction):
+            return float(self.ratio)
+        return self.ratio.ratio(self.epoch * (self._present.steps or 0) + self.step)
 
     def drawn(self) -> tuple[int, int]:
         """Return how many old rows, and how many rows in all, the run has drawn so far over all processes."""
-        plan = self._plan()
-        if isinstance(plan, MixPlan):
-            total = self.epoch * plan.rows + min(self.step * plan.batch, plan.rows)
-            return plan.old_before(total), total
-        old = plan.bounds(self.epoch, self.step)[0]
-        return old, old + self.epoch * plan.new + min(self.step * plan.batch, plan.new)
+        return self._present.drawn(self.epoch, self.step)
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {"epoch": self.epoch, "step": self.step}
+        state: dict[str, Any] = {"epoch": self.epoch, "step": self.step}
+        if isinstance(self.ratio, SteeredCurve):
+            state["steered"] = self.ratio.state_dict()
+        if self.tokens is not None:
+            state["tokens"] = [self.tokens.old, self.tokens.all]
+        return state
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.epoch, self.step = state_dict["epoch"], state_dict["step"]
-        if self._mixed is not None:
-            self._mixed.mix_sampler.go_to(self.epoch, self.step)
+        if isinstance(self.ratio, SteeredCurve) and "steered" in state_dict:
+            self.ratio.load_state_dict(state_dict["steered"])
+        if self.tokens is not None and "tokens" in state_dict:
+            self.tokens.old, self.tokens.all = state_dict["tokens"]
+        if self._way is not None:
+            self._way.go_to(self.epoch, self.step)
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out the loaders of a run: they can be neither copied nor sent to a process."""
-        return {**vars(self), "_mixed": None, "_beside": None}
+        return {**vars(self), "_way": None}
 
     def _let_go(self, trainer: pl.Trainer) -> None:
         """Drop the loaders of the run."""
         leave_train_loader(trainer, _OWNER)
-        self._mixed = self._beside = None
+        self._way = None
+
+    @property
+    def _present(self) -> Way:
+        assert self._way is not None
+        return self._way
 
     def _goes_beside(self, pl_module: pl.LightningModule) -> bool:
         name = type(pl_module).__name__
@@ -220,30 +295,68 @@ class ReplayMixing(pl.Callback):
             )
         return True
 
-    def _plan(self) -> MixPlan | BesidePlan:
-        if self._beside is not None:
-            return self._beside[0]
-        assert self._mixed is not None
-        return self._mixed.mix_sampler.plan
-
-    def _mixed_in(self, trainer: pl.Trainer, loader: Any) -> MixLoader:
+    def _mixed_in(self, trainer: pl.Trainer, loader: Any) -> DataLoader[Any]:
+        """Return a loader that mixes old rows in, for this process and from where a resumed run goes on."""
         if not isinstance(loader, DataLoader):
             raise ValueError(
                 f"{_OWNER}: train_dataloader returned a {type(loader).__name__}; rows can be mixed into a single torch DataLoader "
                 "only."
             )
-        return self._place(trainer, self._mix(loader))
+        if self.unit == "loss":
+            raise ValueError(
+                f"{_OWNER}: unit='loss' needs a loss on old rows. Define replay_step, and write ReplayMixin."
+            )
+        made = (
+            self._stream(trainer, loader) if isinstance(loader.dataset, IterableDataset) else self._mix(trainer, loader)
+        )
+        self._way = made
+        made.go_to(self.epoch, self.step)
+        return made.loader
 
-    def _place(self, trainer: pl.Trainer, mixed: MixLoader) -> MixLoader:
-        """Tell a mixed loader its process, how many there are, and where a resumed run goes on."""
-        self._mixed, sampler, world = mixed, mixed.mix_sampler, trainer.world_size
-        whole = sampler.plan.for_world(world, mixed.batch_size or 1)
+    def _mix(self, trainer: pl.Trainer, loader: DataLoader[Any]) -> Mixed:
+        new_rows, world = row_count(loader.dataset, f"{_OWNER}: training data"), trainer.world_size
+        plan = MixPlan(
+            new=new_rows,
+            memory=self.memory,
+            ratio=self._of_rows(loader.dataset),
+            batch=(loader.batch_size or 1) * world,
+            world=world,
+            seed=self.seed,
+            shuffle=shuffles(loader, _OWNER),
+            drop_last=loader.drop_last,
+        )
+        if plan.steps == 0:
+            raise ValueError(f"{_OWNER}: {plan.new} rows fill no batch of {plan.batch} under drop_last=True.")
+        self._try_rows(loader, cast("Any", loader.dataset)[0])
         limit = trainer.limit_train_batches
-        limited = min(limit, whole.steps) if isinstance(limit, int) else int(limit * whole.steps)
-        sampler.plan = whole if limited == whole.steps else whole.cut_to(limited)
-        sampler.rank, sampler.num_replicas = trainer.global_rank, world
-        sampler.go_to(self.epoch, self.step)
-        return mixed
+        limited = min(limit, plan.steps) if isinstance(limit, int) else int(limit * plan.steps)
+        plan = plan if limited == plan.steps else plan.cut_to(limited)
+        same = bool(cast("Any", trainer).overfit_batches)
+        return Mixed(MixLoader(loader, self.rows, plan, trainer.global_rank, same=same))
+
+    def _stream(self, trainer: pl.Trainer, loader: DataLoader[Any]) -> Streamed:
+        if loader.batch_size is None or isinstance(self.ratio, SteeredCurve) or self.tokens is not None:
+            what = "a batch_size" if loader.batch_size is None else "a ratio of rows that is known from the start"
+            raise ValueError(f"{_OWNER}: rows of a {type(loader.dataset).__name__}, which has no length, need {what}.")
+        try_memory(loader, [], self.rows, _OWNER)
+        world = trainer.world_size
+        plan = MixPlan(2**40, self.memory, self.ratio, loader.batch_size * world, world, self.seed, shuffle=False)
+        return Streamed(MixStreamLoader(loader, self.rows, plan, trainer.global_rank))
+
+    def _of_rows(self, new: Any) -> Fraction | Curve:
+        """Return the share of rows that makes up the ratio in its unit."""
+        if self.tokens is None:
+            return self.ratio
+        self.tokens.measure(new, self.rows)
+        return self.tokens.of_rows(self.ratio)
+
+    def _try_rows(self, loader: DataLoader[Any], new: Any) -> None:
+        if error := collate_error(loader, [new]):
+            raise ValueError(
+                f"{_OWNER}: the training loader cannot put its own rows into a batch ({error}). Give it the collate_fn "
+                "that they need."
+            )
+        try_memory(loader, [new], self.rows, _OWNER)
 
     def _beside_plan(self, trainer: pl.Trainer) -> BesidePlan:
         loader = trainer.train_dataloader
@@ -257,12 +370,17 @@ class ReplayMixing(pl.Callback):
         if loader.drop_last:
             own = own // loader.batch_size * loader.batch_size
         world = trainer.world_size
-        return BesidePlan(own * world, self.memory, self.ratio, loader.batch_size * world, world, self.seed)
+        ratio = self._of_rows(loader.dataset)
+        if self.unit == "loss":
+            ratio = _at_least(ratio, Fraction(1, loader.batch_size * world + 1))
+        return BesidePlan(own * world, self.memory, ratio, loader.batch_size * world, world, self.seed)
 
     def _beside_loader(self, trainer: pl.Trainer, plan: BesidePlan) -> DataLoader[Any]:
         loader = self.loader or cast("DataLoader[Any]", trainer.train_dataloader)
         options = carried_options(loader) if self.loader else {"collate_fn": loader.collate_fn}
-        self._try_memory(loader, [])
+        if isinstance(plan.ratio, Curve):  # workers would have to know the coming ratios
+            options = {"collate_fn": loader.collate_fn}
+        try_memory(loader, [], self.rows, _OWNER)
         return DataLoader(
             self.rows,
             batch_sampler=BesideSampler(plan, self.epoch, self.step, trainer.global_rank),
@@ -270,20 +388,13 @@ class ReplayMixing(pl.Callback):
             **options,
         )
 
-    def _try_memory(self, loader: DataLoader[Any], beside: list[Any]) -> None:
-        old = cast("Any", self.rows)[0]
-        if error := _collate_error(loader, [*beside, old]):
-            raise ValueError(
-                f"{_OWNER}: the first row of the memory, {old!r:.200}, cannot be put into a batch by the collate function "
-                f"({error}). Old rows must look like the training rows, or come as a loader with a collate_fn of its own "
-                "for replay_step."
-            ) from error
+
+def _told(ratio: Fraction | Curve) -> str:
+    return f"{float(ratio):.1%}" if isinstance(ratio, Fraction) else "a changing share of"
 
 
-def _collate_error(loader: DataLoader[Any], rows: list[Any]) -> Exception | None:
-    with torch.random.fork_rng(devices=[]):
-        try:
-            loader.collate_fn(rows)
-        except Exception as error:
-            return error
-    return None
+def _at_least(ratio: Fraction | Curve, least: Fraction) -> Fraction | Curve:
+    """Raise a share to one that gives a row in every step, where it is above zero."""
+    if isinstance(ratio, Fraction):
+        return max(ratio, least)
+    return Curve(lambda step: max(share, float(least)) if (share := ratio.ratio(step)) else 0.0, _OWNER)

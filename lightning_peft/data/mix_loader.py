@@ -8,7 +8,6 @@ from typing import Any, TypeAlias, cast
 
 import torch
 from torch.utils.data import (
-    ConcatDataset,
     DataLoader,
     Dataset,
     DistributedSampler,
@@ -18,7 +17,9 @@ from torch.utils.data import (
 )
 from typing_extensions import override
 
-from lightning_peft.data.mix_plan import BesidePlan, MixPlan
+from lightning_peft.data.beside_plan import BesidePlan
+from lightning_peft.data.mix_plan import MixPlan
+from lightning_peft.data.ratio import Curve
 
 # What a user may pass as rows. Bare on purpose: of a ``Dataset[Any]`` in a signature jsonargparse makes a plain
 # ``Dataset``, whatever class the YAML names.
@@ -76,14 +77,41 @@ def shuffles(loader: DataLoader[Any], owner: str) -> bool:
     return sampler.shuffle if isinstance(sampler, DistributedSampler) else isinstance(sampler, RandomSampler)
 
 
+class Both(Dataset[Any]):
+    """New rows, and behind them the old ones. Asks each dataset for many rows at once if it can give them."""
+
+    def __init__(self, new: Any, old: Any) -> None:
+        self.new, self.old, self.first_old = new, old, len(new)
+        if hasattr(new, "__getitems__") or hasattr(old, "__getitems__"):
+            self.__getitems__ = self._many  # torch looks for it on the instance
+
+    def __len__(self) -> int:
+        return self.first_old + len(self.old)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.new[index] if index < self.first_old else self.old[index - self.first_old]
+
+    def _many(self, indices: list[int]) -> list[Any]:
+        first = self.first_old
+        rows = {False: [i for i in indices if i < first], True: [i - first for i in indices if i >= first]}
+        found = {
+            old: iter(data.__getitems__(rows[old]) if hasattr(data, "__getitems__") else [data[i] for i in rows[old]])
+            for old, data in ((False, self.new), (True, self.old))
+        }
+        return [next(found[index >= first]) for index in indices]
+
+
 class MixSampler(DistributedSampler[Any]):
     """The rows of a :class:`MixPlan` for one process, one index after the other.
 
     Lightning leaves a ``DistributedSampler`` alone, and tells it the epoch.
     """
 
-    def __init__(self, dataset: ConcatDataset[Any], plan: MixPlan, rank: int) -> None:
-        super().__init__(cast("Dataset[Any]", dataset), num_replicas=plan.world, rank=rank, seed=plan.seed)
+    block = 64
+    """Steps that are planned at once."""
+
+    def __init__(self, dataset: Dataset[Any], plan: MixPlan, rank: int) -> None:
+        super().__init__(dataset, num_replicas=plan.world, rank=rank, seed=plan.seed)
         self.plan = plan
         self.resume_at: tuple[int, int] = (0, 0)
         """Epoch and step at which a resumed run goes on."""
@@ -95,15 +123,34 @@ class MixSampler(DistributedSampler[Any]):
 
     @override
     def __iter__(self) -> Iterator[int]:
+        plan = self.plan
+        steps = (
+            1 if isinstance(plan.ratio, Curve) else self.block
+        )  # a ratio that is steered may change before the next step
         first = self.resume_at[1] if self.epoch == self.resume_at[0] else 0
-        for number in range(first, self.plan.steps):
-            for old, index in self.plan.share(self.epoch, number, self.rank):
-                yield self.plan.new + index if old else index
+        for begin in range(first, plan.steps, steps):
+            end = min(begin + steps, plan.steps)
+            old, index = plan.block(self.epoch, begin, end)
+            index = index + plan.new * old
+            for number in range(begin, end):
+                step = index[(number - begin) * plan.batch : (number - begin + 1) * plan.batch]
+                yield from step[plan.slice(self.epoch, number, len(step), self.rank)].tolist()
 
     @override
     def __len__(self) -> int:
         # Of the whole epoch: Lightning itself applies limit_train_batches to the length.
         return replace(self.plan, limit=None).rows // self.plan.world
+
+
+class SameMixSampler(MixSampler, SequentialSampler):
+    """The rows of the first epoch, again and again: what ``overfit_batches`` asks for.
+
+    Lightning puts a ``SequentialSampler`` into such runs, unless one is there.
+    """
+
+    @override
+    def set_epoch(self, epoch: int) -> None:
+        """Stay in the first epoch."""
 
 
 class MixLoader(DataLoader[Any]):
@@ -114,14 +161,17 @@ class MixLoader(DataLoader[Any]):
         memory: The old rows; they must collate with the new ones.
         plan: Which rows make up which batch.
         rank: Number of this process.
+        same: Whether every epoch is the first one.
     """
 
-    def __init__(self, loader: DataLoader[Any], memory: Dataset[Any], plan: MixPlan, rank: int = 0) -> None:
-        dataset: ConcatDataset[Any] = ConcatDataset([loader.dataset, memory])
+    def __init__(
+        self, loader: DataLoader[Any], memory: Dataset[Any], plan: MixPlan, rank: int = 0, *, same: bool = False
+    ) -> None:
+        dataset = Both(loader.dataset, memory)
         super().__init__(
             dataset,
             batch_size=plan.batch // plan.world,
-            sampler=MixSampler(dataset, plan, rank),
+            sampler=(SameMixSampler if same else MixSampler)(dataset, plan, rank),
             generator=torch.Generator().manual_seed(plan.seed),  # worker seeds: not from the run's generator
             **carried_options(loader),
         )

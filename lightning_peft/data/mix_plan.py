@@ -2,83 +2,30 @@
 
 Number the rows of the whole run ``q = 0, 1, ...``. Row ``q`` is old if ``floor((q + 1) r) > floor(q r)``, with the
 ratio ``r`` as an exact fraction: after any number of rows, fewer than one row too many or too few were old. No state is
-kept, so a resumed run and a run on another number of processes see the same rows.
+kept, so a resumed run and a run on another number of processes see the same rows. A ratio that changes from step to step
+takes the place of ``q r`` by the sum of the ratios of the rows before.
 """
 
 from __future__ import annotations
 
-import hashlib
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from functools import lru_cache
 
-import torch
+import numpy as np
 
-
-def key(seed: int, *words: object) -> int:
-    """Derive a seed from words, so that streams of one run never share their order with another run's.
-
-    >>> key(0, "memory", 1) == key(1, "memory", 0)
-    False
-    """
-    return int.from_bytes(hashlib.blake2s(repr((seed, *words)).encode(), digest_size=7).digest(), "little")
-
-
-@lru_cache(maxsize=8)
-def permutation(rows: int, seed: int, stream: str, number: int) -> list[int]:
-    """Return the order of a stream's pass ``number``; every pass has its own."""
-    generator = torch.Generator().manual_seed(key(seed, stream, number))
-    return torch.randperm(rows, generator=generator).tolist()
-
-
-def exact(ratio: float, owner: str) -> Fraction:
-    """Return a ratio as the simple fraction that was meant.
-
-    Raises:
-        ValueError: If it does not lie inside (0, 1).
-
-    >>> exact(0.2, "ReplayMixing")
-    Fraction(1, 5)
-    """
-    if isinstance(ratio, bool) or not isinstance(ratio, int | float | Fraction) or not 0 < ratio < 1:
-        raise ValueError(
-            f"{owner}: ratio={ratio!r} must lie inside (0, 1): the share of old rows among all rows of a step."
-        )
-    meant = Fraction(ratio).limit_denominator(100_000)
-    return meant if 0 < meant < 1 else Fraction(ratio)
-
-
-@dataclass(frozen=True)
-class MemoryStream:
-    """Endless draws from the old rows: each once per pass, every pass in an order of its own."""
-
-    rows: int
-    seed: int
-
-    def draw(self, i: int) -> int:
-        """Return the index of draw ``i``, counted from 0 over the whole run."""
-        number, position = divmod(i, self.rows)
-        return permutation(self.rows, self.seed, "memory", number)[position]
-
-
-def rank_slice(count: int, rank: int, world: int, turn: int) -> slice:
-    """Return the part of ``count`` things that a rank takes; ``turn`` rotates who gets the odd ones.
-
-    >>> [rank_slice(5, rank, 2, turn=0) for rank in (0, 1)]
-    [slice(0, 2, None), slice(2, 5, None)]
-    """
-    place = (rank + turn) % world
-    return slice(place * count // world, (place + 1) * count // world)
+from lightning_peft.data.ratio import UNIT, Curve
+from lightning_peft.data.streams import Indices, Stream, key, rank_slice
 
 
 @dataclass(frozen=True)
 class MixPlan:
     """Old rows among the new ones of each batch; the batch size stays what it was.
 
-    An epoch is one pass of the new rows, ``ceil(new / ((1 - ratio) * batch))`` steps (floor with ``drop_last``). Where
-    that does not come out even, up to one row per process is drawn twice, so that all processes have equally many.
+    With a constant ratio an epoch is one pass of the new rows, ``ceil(new / ((1 - ratio) * batch))`` steps (floor with
+    ``drop_last``); where that does not come out even, up to one row per process is drawn twice, so that all processes have
+    equally many. With a ratio that changes an epoch has as many steps as without replay, and the next one goes on with the
+    new rows that are left.
 
     Args:
         new: Number of new rows.
@@ -93,8 +40,8 @@ class MixPlan:
     """
 
     new: int
-    memory: MemoryStream
-    ratio: Fraction
+    memory: Stream
+    ratio: Fraction | Curve
     batch: int
     world: int = 1
     seed: int = 0
@@ -105,11 +52,13 @@ class MixPlan:
     @property
     def rows(self) -> int:
         """Rows of an epoch, old and new."""
-        whole = self.new / (1 - self.ratio)
-        if self.drop_last:
-            rows = math.floor(whole / self.batch) * self.batch
+        if isinstance(self.ratio, Curve):
+            steps = self.new // self.batch if self.drop_last else math.ceil(self.new / self.batch)
+            rows = steps * self.batch
+        elif self.drop_last:
+            rows = math.floor(self.new / (1 - self.ratio) / self.batch) * self.batch
         else:
-            rows = math.ceil(whole / self.world) * self.world
+            rows = math.ceil(self.new / (1 - self.ratio) / self.world) * self.world
         return rows if self.limit is None else min(rows, self.limit * self.batch)
 
     @property
@@ -127,87 +76,55 @@ class MixPlan:
 
     def old_before(self, row: int) -> int:
         """Count the old rows among the first ``row`` rows of the run."""
-        return math.floor(row * self.ratio)
+        if isinstance(self.ratio, Fraction):
+            return row * self.ratio.numerator // self.ratio.denominator
+        step, position = divmod(row, self.batch)
+        return (self.ratio.upto(step) * self.batch + (self.ratio.at(step) * position if position else 0)) // UNIT
 
-    def step(self, epoch: int, number: int) -> list[tuple[bool, int]]:
-        """Return the rows of one step over all processes, as (old?, index) pairs.
+    def _old_before(self, first: int, last: int) -> Indices:
+        """Count the old rows before each row from ``first`` to ``last``, both included."""
+        if isinstance(self.ratio, Fraction):
+            rows = np.arange(first, last + 1)
+            whole, part = divmod(rows, self.ratio.denominator)  # or products would leave 64 bits in long runs
+            counts: Indices = whole * self.ratio.numerator + part * self.ratio.numerator // self.ratio.denominator
+            return counts
+        return np.array([self.old_before(row) for row in range(first, last + 1)])
+
+    def block(self, epoch: int, first: int, last: int) -> tuple[Indices, Indices]:
+        """Return which rows of the steps from ``first`` to before ``last`` are old, and the index of each.
 
         Args:
             epoch: Counted from 0.
-            number: The step within the epoch, counted from 0.
+            first: A step within the epoch, counted from 0.
+            last: A later one.
         """
         start = epoch * self.rows
-        first, last = start + number * self.batch, min(start + (number + 1) * self.batch, start + self.rows)
-        new_before = start - self.old_before(start)
-        order = permutation(self.new, self.seed, "new", epoch) if self.shuffle else range(self.new)
-        rows = []
-        for row in range(first, last):
-            old = self.old_before(row)
-            if self.old_before(row + 1) > old:
-                rows.append((True, self.memory.draw(old)))
-            else:
-                rows.append((False, order[(row - old - new_before) % self.new]))
-        return rows
+        begin, end = start + first * self.batch, min(start + last * self.batch, start + self.rows)
+        counts = self._old_before(begin, end)
+        old = np.diff(counts)
+        index = np.empty(end - begin, np.int64)
+        old_rows, drawn = old == 1, int(counts[0])
+        index[old_rows] = self.memory.draws(drawn, int(counts[-1]) - drawn)
+        count = len(old) - (int(counts[-1]) - drawn)
+        new = Stream(self.new, self.seed, "new", self.shuffle)
+        if isinstance(self.ratio, Curve):
+            index[~old_rows] = new.draws(begin - drawn, count)
+        else:  # each epoch begins with a pass of its own, and its last rows may come twice
+            position = begin - drawn - (start - self.old_before(start))
+            within = np.arange(position, position + count) % self.new
+            index[~old_rows] = new.draws(epoch * self.new, self.new)[within] if self.shuffle else within
+        return old, index
+
+    def step(self, epoch: int, number: int) -> list[tuple[bool, int]]:
+        """Return the rows of one step over all processes, as (old?, index) pairs."""
+        old, index = self.block(epoch, number, number + 1)
+        return list(zip(old.astype(bool).tolist(), index.tolist(), strict=True))
 
     def share(self, epoch: int, number: int, rank: int) -> list[tuple[bool, int]]:
         """Return the rows of one step that one process takes."""
         rows = self.step(epoch, number)
-        return rows[rank_slice(len(rows), rank, self.world, key(self.seed, "turn", epoch, number))]
+        return rows[self.slice(epoch, number, len(rows), rank)]
 
-
-@dataclass(frozen=True)
-class BesidePlan:
-    """Batches of old rows beside unchanged batches of new ones, as many as make up the ratio.
-
-    After ``N`` new rows ``floor(N r / (1 - r))`` old ones were drawn, so the share is exact to below one row.
-
-    Args:
-        new: New rows of an epoch over all processes.
-        memory: The old rows.
-        ratio: Share of old rows among old and new ones.
-        batch: New rows of a step over all processes; the last step of an epoch may have fewer.
-        world: Number of processes.
-        seed: Seed of the order.
-    """
-
-    new: int
-    memory: MemoryStream
-    ratio: Fraction
-    batch: int
-    world: int = 1
-    seed: int = 0
-
-    @property
-    def steps(self) -> int:
-        """Steps of an epoch."""
-        return math.ceil(self.new / self.batch)
-
-    def bounds(self, epoch: int, number: int) -> tuple[int, int]:
-        """Return how many old rows were drawn before and after a step."""
-        first = epoch * self.new + min(number * self.batch, self.new)
-        last = epoch * self.new + min((number + 1) * self.batch, self.new)
-        factor = self.ratio / (1 - self.ratio)
-        return math.floor(first * factor), math.floor(last * factor)
-
-    def share(self, epoch: int, number: int, rank: int) -> tuple[list[int], float]:
-        """Return the old rows of one process in one step, and the weight of their mean loss.
-
-        Under DDP the ranks' losses are averaged; the weight ``world * own rows / all rows`` makes that average the
-        mean over all rows. A process without a row of its own gets one with weight 0, so that collective operations
-        in the loss stay matched. No rows at all: an empty list, on every process.
-        """
-        first, last = self.bounds(epoch, number)
-        count = last - first
-        if count == 0:
-            return [], 0.0
-        own = range(first, last)[rank_slice(count, rank, self.world, key(self.seed, "turn", epoch, number))]
-        return [self.memory.draw(i) for i in own or [first]], self.world * len(own) / count
-
-    def batches(self, epoch: int, number: int, rank: int) -> Iterator[list[int]]:
-        """Yield one process's non-empty lists of old rows from a step on, without end."""
-        while True:
-            if rows := self.share(epoch, number, rank)[0]:
-                yield rows
-            number += 1
-            if number == self.steps:
-                epoch, number = epoch + 1, 0
+    def slice(self, epoch: int, number: int, rows: int, rank: int) -> slice:
+        """Return which of the rows of a step one process takes."""
+        return rank_slice(rows, rank, self.world, key(self.seed, "turn", epoch, number) if self.world > 1 else 0)

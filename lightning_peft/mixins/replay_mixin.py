@@ -18,14 +18,17 @@ class ReplayMixin(pl.LightningModule):
 
     Define ``replay_step(self, batch)``, which returns the loss on a batch of old rows: any loss that practises the old
     skill. :class:`~lightning_peft.callbacks.ReplayMixing` brings the rows; the training loss becomes
-    ``loss + weight * replay loss``, both in one forward of the wrapped module, so that DDP averages both.
+    ``loss + weight * replay loss`` (or the mean of both in a given ratio), both in one forward of the wrapped module, so that DDP averages both.
 
     ``replay_step`` may communicate: every rank calls it in the same steps. A rank that has no row of its own in a step
     gets one that counts with weight 0.
     """
 
-    replay: tuple[Any, float] | None = None
-    """The coming step's replay batch and the weight of its loss; ``ReplayMixing`` sets it, one step takes it."""
+    replay: tuple[Any, float, float] | None = None
+    """The coming step's replay batch, the weight of its loss and that of the new one; ``ReplayMixing`` sets it, one step
+    takes it."""
+    new_loss: Tensor | None = None
+    """What the training step returned last, beside a replay batch."""
     replay_loss: Tensor | None = None
     """What ``replay_step`` returned last; ``ReplayMixing`` logs it (a compiled step could not: torch 2.13 stops there)."""
 
@@ -47,12 +50,9 @@ class ReplayMixin(pl.LightningModule):
         replay, self.replay = self.replay, None
         if replay is None or output is None:
             return output
-        loss = self.replay_step(replay[0])
-        self.replay_loss = loss.detach()
-        return _add_loss(output, replay[1] * loss)
-
-
-def _add_loss(output: Any, loss: Tensor) -> Any:
-    if isinstance(output, Mapping):
-        return {**output, "loss": output["loss"] + loss}
-    return output + loss
+        batch, old, new = replay
+        loss = self.replay_step(batch)
+        whole = output["loss"] if isinstance(output, Mapping) else output
+        self.new_loss, self.replay_loss = whole.detach(), loss.detach()
+        joined = (whole if new == 1 else new * whole) + old * loss
+        return {**output, "loss": joined} if isinstance(output, Mapping) else joined

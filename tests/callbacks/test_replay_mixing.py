@@ -388,7 +388,7 @@ def random_collate(rows):
 
 def test_trying_the_collate_function_takes_no_number_from_the_generator_of_the_run():
     state = torch.get_rng_state()
-    ReplayMixing(memory(), 0.25)._mix(DataLoader(numbered(24), 6, collate_fn=random_collate))
+    ReplayMixing(memory(), 0.25)._try_rows(DataLoader(numbered(24), 6, collate_fn=random_collate), numbered(1)[0])
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -423,6 +423,11 @@ class Stream(IterableDataset):
         ({"weight": 0}, "weight=0 must be above 0; leave the callback out"),
         ({"weight": -1.0}, r"weight=-1.0 must be above 0"),
         ({"weight": float("nan")}, "weight=nan must be above 0"),
+        ({"ratio": lambda step: 1.0}, r"ratio\(0\) returned 1.0; it must return a share in \[0, 1\)"),
+        ({"unit": "words"}, "unit='words' must be one of 'rows', 'tokens', 'loss'"),
+        ({"unit": "tokens"}, "unit='tokens' with tokens=None: a function that counts goes with 'tokens'"),
+        ({"tokens": len}, "unit='rows' with tokens=.*: a function that counts goes with 'tokens'"),
+        ({"unit": "loss", "weight": 2.0}, "weight=2.0 with unit='loss'"),
     ],
 )
 def test_bad_arguments_are_refused_at_once_with_value_and_cure(arguments, message):
@@ -466,7 +471,7 @@ def beside_with_loader(loader) -> Counting:
             lambda: with_loader(DataLoader(numbered(8), 4, sampler=WeightedRandomSampler([1.0] * 8, 8))),
             "WeightedRandomSampler .*Use shuffle=True or False",
         ),
-        (lambda: with_loader(DataLoader(Stream(), 4)), "training data: Stream has no length"),
+        (lambda: with_loader(DataLoader(Stream(), None)), "rows of a Stream, which has no length, need a batch_size"),
         (lambda: with_loader([numbered(8)]), "train_dataloader returned a list"),
         (
             lambda: with_loader(DataLoader([(0, None)] * 8, 4)),

@@ -16,18 +16,19 @@ from torch.utils.data import (
 )
 
 from lightning_peft.data.mix_loader import MixLoader, MixSampler, carried_options, row_count, shuffles
-from lightning_peft.data.mix_plan import MemoryStream, MixPlan
+from lightning_peft.data.mix_plan import MixPlan
+from lightning_peft.data.streams import Stream
 
 NEW, OLD = list(range(40)), list(range(1000, 1007))
 
 
-class Stream(IterableDataset):
+class Endless(IterableDataset):
     def __iter__(self):
         return iter(NEW)
 
 
 def plan(**options) -> MixPlan:
-    return MixPlan(len(NEW), MemoryStream(len(OLD), 0), **{"ratio": Fraction(1, 5), "batch": 8, **options})
+    return MixPlan(len(NEW), Stream(len(OLD), 0), **{"ratio": Fraction(1, 5), "batch": 8, **options})
 
 
 def mixed(made: MixPlan, rank: int = 0, **options) -> MixLoader:
@@ -135,7 +136,7 @@ def test_rows_are_counted():
 
 
 @pytest.mark.parametrize(
-    ("dataset", "message"), [([], "list is empty"), (Stream(), "Stream has no length"), (5, "int has no length")]
+    ("dataset", "message"), [([], "list is empty"), (Endless(), "Endless has no length"), (5, "int has no length")]
 )
 def test_data_without_rows_or_without_a_length_are_refused(dataset, message):
     with pytest.raises(ValueError, match=f"Owner: .*{message}"):

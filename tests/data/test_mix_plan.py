@@ -6,18 +6,21 @@ from fractions import Fraction
 
 import pytest
 
-from lightning_peft.data.mix_plan import BesidePlan, MemoryStream, MixPlan, exact, key, permutation, rank_slice
+from lightning_peft.data.beside_plan import BesidePlan
+from lightning_peft.data.mix_plan import MixPlan
+from lightning_peft.data.ratio import exact
+from lightning_peft.data.streams import Stream, key, permutation, rank_slice
 
 RATIOS = [Fraction(1, 100), Fraction(1, 20), Fraction(1, 5), Fraction(1, 4), Fraction(3, 10)]
 BATCHES = [6, 8, 32]
 
 
 def mix(new=97, memory=13, ratio=Fraction(1, 5), batch=8, **options) -> MixPlan:
-    return MixPlan(new, MemoryStream(memory, options.get("seed", 0)), ratio, batch, **options)
+    return MixPlan(new, Stream(memory, options.get("seed", 0)), ratio, batch, **options)
 
 
 def beside(new=97, memory=13, ratio=Fraction(1, 5), batch=8, **options) -> BesidePlan:
-    return BesidePlan(new, MemoryStream(memory, options.get("seed", 0)), ratio, batch, **options)
+    return BesidePlan(new, Stream(memory, options.get("seed", 0)), ratio, batch, **options)
 
 
 def rows(plan: MixPlan, epochs: int = 1, start: int = 0) -> list[tuple[bool, int]]:
