@@ -2,6 +2,8 @@
 
 from lightning_peft.mixins.adapted import adapted
 from lightning_peft.mixins.adapter_mixin import AdapterMixin
+from lightning_peft.mixins.der_mixin import DERMixin
+from lightning_peft.mixins.distill_mixin import DistillMixin
 from lightning_peft.mixins.replay_mixin import ReplayMixin
 from lightning_peft.mixins.rungs import (
     FullFinetuneMixin,
@@ -13,6 +15,8 @@ from lightning_peft.mixins.rungs import (
 
 __all__ = [
     "AdapterMixin",
+    "DERMixin",
+    "DistillMixin",
     "FullFinetuneMixin",
     "LinearProbeMixin",
     "LoRAMixin",

@@ -18,7 +18,8 @@ class ReplayMixin(pl.LightningModule):
 
     Define ``replay_step(self, batch)``, which returns the loss on a batch of old rows: any loss that practises the old
     skill. :class:`~lightning_peft.callbacks.ReplayMixing` brings the rows; the training loss becomes
-    ``loss + weight * replay loss`` (or the mean of both in a given ratio), both in one forward of the wrapped module, so that DDP averages both.
+    ``loss + weight * replay loss`` (or the mean of both in a given ratio), both in one forward of the wrapped module, so
+    that DDP averages both.
 
     ``replay_step`` may communicate: every rank calls it in the same steps. A rank that has no row of its own in a step
     gets one that counts with weight 0.
