@@ -34,6 +34,7 @@ bench: $(READY)  ## make the tables of the docs anew (about three hours on two c
 	$(PIP) install -q -c constraints.txt -e ".[bench]"
 	$(RUN) benchmarks/schedules.py
 	$(RUN) benchmarks/weight_drift.py
+	$(RUN) benchmarks/forgetting_digits.py --page docs/forgetting.md
 	$(RUN) -m lightning_peft.recipes.head_init --seeds 5 --page docs/head_init.md
 	$(RUN) benchmarks/sentiment.py --tune
 	$(RUN) benchmarks/sentiment.py

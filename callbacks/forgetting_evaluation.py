@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, cast
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from typing_extensions import override
 
-from lightning_peft.logging import log_values, register_chart
-from lightning_peft.old_task import OldTask, evaluate
+from lightning_peft.adapters import adapter_disabled
+from lightning_peft.callbacks.forgetting_report import draw_learned, write_summary
+from lightning_peft.callbacks.measuring import check_tasks, come_first, measure, movers
+from lightning_peft.callbacks.time_share import TimeShare
+from lightning_peft.distillation import adapted_networks
+from lightning_peft.logging import log_figure, log_values, register_chart
+from lightning_peft.old_task import OldTask
 from lightning_peft.one_lightning import refuse_pytorch_lightning
 
 _OWNER = "ForgettingEvaluation"
@@ -26,32 +31,45 @@ class ForgettingEvaluation(pl.Callback):
     ``WeightAveraging`` callback has begun to average the weights, the averaged ones are measured: they are what remains.
     The last value is always of the weights that training ends with.
 
+    After the run the summary is in ``forgetting.json`` in the logger's folder, and a picture of what was learned against what
+    was forgotten in TensorBoard.
+
     Args:
         tasks: Old tasks by name.
         every_n_epochs: Measure at the end of every so many epochs.
         every_n_steps: Measure after every so many optimizer steps.
+        max_fraction_of_time: Leave a measurement out where it would take more than this part of the time since the last one;
+            those before the first step and after the last are always made.
+        adapter_off: Measure with the network's adapters off, too: ``retained/<name>/adapter_off``.
+        learned: A key of ``callback_metrics`` that says how well the new task goes, for the picture.
 
     Raises:
-        ValueError: For no task, or for both intervals; before training, for a task that cannot be measured.
+        ValueError: For no task, for both intervals, or a fraction outside (0, 1]; before training, for a task that cannot be
+            measured, and for ``adapter_off`` of a network without adapters.
     """
 
     def __init__(
-        self, tasks: Mapping[str, OldTask], *, every_n_epochs: int | None = None, every_n_steps: int | None = None
+        self,
+        tasks: Mapping[str, OldTask],
+        *,
+        every_n_epochs: int | None = None,
+        every_n_steps: int | None = None,
+        max_fraction_of_time: float | None = None,
+        adapter_off: bool = False,
+        learned: str | None = None,
     ) -> None:
-        if not tasks or "" in tasks:
-            raise ValueError(f"{_OWNER}: tasks={tasks!r} must be at least one OldTask, each with a name.")
-        for name, task in tasks.items():
-            if not isinstance(task, OldTask):
-                raise ValueError(
-                    f"{_OWNER}: {name!r} is a {type(task).__name__}; wrap it as OldTask(data, metric, step)."
-                )
+        self.tasks = check_tasks(tasks, _OWNER)
         if every_n_epochs is not None and every_n_steps is not None:
             raise ValueError(f"{_OWNER}: every_n_epochs and every_n_steps exclude each other; give one.")
         for unit, every in (("every_n_epochs", every_n_epochs), ("every_n_steps", every_n_steps)):
             if every is not None and (not isinstance(every, int) or every < 1):
                 raise ValueError(f"{_OWNER}: {unit}={every!r} must be a whole number of at least 1.")
-        self.tasks = dict(tasks)
+        if max_fraction_of_time is not None and not 0 < max_fraction_of_time <= 1:
+            raise ValueError(f"{_OWNER}: max_fraction_of_time={max_fraction_of_time!r} must lie in (0, 1].")
         self.every_n_epochs, self.every_n_steps = every_n_epochs, every_n_steps
+        self.adapter_off, self.learned = adapter_off, learned
+        self.time = TimeShare(max_fraction_of_time)
+        self.history: list[dict[str, Any]] = []
         self.before: dict[str, float] = {}
         self.after: dict[str, float] = {}
         self._measured_at = -1
@@ -70,14 +88,14 @@ class ForgettingEvaluation(pl.Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         refuse_pytorch_lightning(type(trainer), _OWNER)
         if stage == "fit":
-            _come_first(trainer, self)
+            come_first(trainer, self)
             for family in ("forgetting", "retained"):
                 register_chart(trainer, "Old tasks", family, [f"{family}/{name}" for name in self.tasks])
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not self.before or trainer.global_step == 0:  # a resumed run keeps the baseline of its first start
-            self.before = {}
+            self.before, self.history = {}, []
             self._measure(trainer, pl_module)
 
     @override
@@ -85,80 +103,72 @@ class ForgettingEvaluation(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         every = self.every_n_steps
-        if every and trainer.global_step % every == 0 and trainer.global_step != self._measured_at:
+        due = every and trainer.global_step % every == 0 and trainer.global_step != self._measured_at
+        if due and self.time.allows():
             self._measure(trainer, pl_module)
 
     @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self.every_n_epochs and (trainer.current_epoch + 1) % self.every_n_epochs == 0:
+        due = self.every_n_epochs and (trainer.current_epoch + 1) % self.every_n_epochs == 0
+        if due and self.time.allows():
             self._measure(trainer, pl_module)
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.global_step != self._measured_at or _movers(trainer):  # which put other weights in, just before this
+        if trainer.global_step != self._measured_at or movers(trainer):  # which put other weights in, just before this
             self._measure(trainer, pl_module)
+        if self.learned is not None:
+            log_figure(trainer, "forgetting/learned", draw_learned(self.history, self.learned))
+        if trainer.is_global_zero and trainer.loggers and (folder := trainer.log_dir) is not None:
+            summary = {
+                "before": self.before,
+                "after": self.after,
+                "forgetting": self.forgetting,
+                "history": self.history,
+            }
+            write_summary(Path(folder, "forgetting.json"), summary)
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {"before": dict(self.before), "after": dict(self.after), "measured_at": self._measured_at}
+        return {
+            "before": dict(self.before),
+            "after": dict(self.after),
+            "measured_at": self._measured_at,
+            "history": list(self.history),
+        }
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.before, self.after = dict(state_dict["before"]), dict(state_dict["after"])
-        self._measured_at = state_dict["measured_at"]
+        self._measured_at, self.history = state_dict["measured_at"], list(state_dict.get("history", []))
 
     def _measure(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        with _averaged(trainer, pl_module), _forward_context(trainer):
-            self.after = {
-                name: evaluate(
-                    pl_module,
-                    task,
-                    name=name,
-                    to_device=lambda batch: trainer.strategy.batch_to_device(
-                        trainer.precision_plugin.convert_input(batch)
-                    ),
-                    progress=trainer.is_global_zero and trainer.progress_bar_callback is not None,
-                )
-                for name, task in self.tasks.items()
-            }
+        with self.time.spent():
+            self.after = measure(trainer, pl_module, self.tasks)
+            off = self._without_adapters(trainer, pl_module) if self.adapter_off else {}
         self.before = self.before or dict(self.after)
         self._measured_at = trainer.global_step
         values = {f"retained/{name}": value for name, value in self.after.items()}
         values |= {f"forgetting/{name}": drop for name, drop in self.forgetting.items()}
+        values |= {f"retained/{name}/adapter_off": value for name, value in off.items()}
+        learned = None if self.learned is None else trainer.callback_metrics.get(self.learned)
+        self.history.append(
+            {
+                "step": trainer.global_step,
+                "retained": dict(self.after),
+                "forgetting": self.forgetting,
+                "learned": None if learned is None else float(learned),
+            }
+        )
         log_values(trainer, values)
 
-
-def _forward_context(trainer: pl.Trainer) -> AbstractContextManager[Any]:
-    """Return the precision context of the trainer's own forwards (autocast and the like)."""
-    plugin = trainer.precision_plugin
-    return cast("AbstractContextManager[Any]", plugin.forward_context()) if plugin is not None else nullcontext()
-
-
-def _come_first(trainer: pl.Trainer, callback: pl.Callback) -> None:
-    """Put a callback before those that look at its values, such as EarlyStopping, and behind those that move weights."""
-    found, movers = cast("Any", trainer), _movers(trainer)
-    others = [other for other in found.callbacks if other is not callback and other not in movers]
-    found.callbacks = [*movers, callback, *others]
-
-
-def _movers(trainer: pl.Trainer) -> list[pl.Callback]:
-    """Return the callbacks that end training with other weights than its last step's."""
-    kinds = WeightAveraging, StochasticWeightAveraging
-    return [callback for callback in cast("Any", trainer).callbacks if isinstance(callback, kinds)]
-
-
-@contextmanager
-def _averaged(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Iterator[None]:
-    """Put averaged weights into the module for a while, where a callback has begun to average them."""
-    begun = [
-        callback
-        for callback in cast("Any", trainer).callbacks
-        if isinstance(callback, WeightAveraging) and cast("Any", callback)._average_model.n_averaged > 0
-    ]
-    for callback in begun:
-        callback._swap_models(pl_module)
-    try:
-        yield
-    finally:
-        for callback in begun:
-            callback._swap_models(pl_module)
+    def _without_adapters(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, float]:
+        networks = adapted_networks(pl_module)
+        if not networks:
+            raise ValueError(
+                f"{_OWNER}: adapter_off=True, but {type(pl_module).__name__} has no adapter. Leave it out."
+            )
+        with ExitStack() as stack:
+            for _, network, _ in networks:
+                stack.enter_context(adapter_disabled(network))
+            return measure(trainer, pl_module, self.tasks)

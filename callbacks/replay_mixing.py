@@ -98,7 +98,7 @@ class ReplayMixing(pl.Callback):
         self.rows = cast("Dataset[Any]", memory.dataset if isinstance(memory, DataLoader) else memory)
         row_count(self.rows, f"{_OWNER}: memory")
         self.epoch, self.step = 0, 0
-        self._coming = 0
+        self._coming, self._share = 0, 0.0
         self._way: Way | None = None
 
     @property
@@ -223,7 +223,8 @@ class ReplayMixing(pl.Callback):
 
     def _values(self, pl_module: pl.LightningModule) -> dict[str, float | Tensor]:
         old, total = self.drawn()
-        values: dict[str, float | Tensor] = {"replay/ratio": old / total}
+        self._share = old / total
+        values: dict[str, float | Tensor] = {"replay/ratio": self._share}
         if isinstance(self.ratio, Curve):
             values["replay/ratio_now"] = self._now()
         if self.tokens is not None and self.tokens.all:
@@ -242,6 +243,11 @@ class ReplayMixing(pl.Callback):
     def drawn(self) -> tuple[int, int]:
         """Return how many old rows, and how many rows in all, the run has drawn so far over all processes."""
         return self._present.drawn(self.epoch, self.step)
+
+    @property
+    def share(self) -> float:
+        """The share of old rows so far, also after the fit."""
+        return self._share
 
     @override
     def state_dict(self) -> dict[str, Any]:

@@ -28,6 +28,8 @@ from lightning_peft.adapters import (
 )
 from lightning_peft.mixins import (
     AdapterMixin,
+    DERMixin,
+    DistillMixin,
     FullFinetuneMixin,
     LinearProbeMixin,
     LoRAMixin,
@@ -43,7 +45,9 @@ __all__ = [
     "Adapter",
     "AdapterMixin",
     "BitFit",
+    "DERMixin",
     "DeepPrompt",
+    "DistillMixin",
     "FullFinetune",
     "FullFinetuneMixin",
     "KVPrefix",

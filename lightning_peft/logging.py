@@ -20,6 +20,8 @@ FAMILIES = {
     "learn": "how well the new task goes",
     "retained": "how much of an old task is left, in its own unit",
     "forgetting": "how much of an old task is lost since before training",
+    "budget": "how much of what may be forgotten is forgotten: 1 is the limit",
+    "gauge": "forgetting as it is estimated without old rows",
     "replay": "old rows and the losses on them",
     "schedule": "what trains now",
     "adapter": "what was added",

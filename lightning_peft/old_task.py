@@ -10,7 +10,7 @@ import inspect
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -68,6 +68,26 @@ class OldTask:
         better = self.metric.higher_is_better if self.higher_is_better is None else self.higher_is_better
         return 1 if better else -1
 
+    def split(self, share: float = 0.5, *, seed: int = 0) -> tuple[OldTask, OldTask]:
+        """Return two tasks of different rows: one to guard while training, one to report.
+
+        Args:
+            share: The part of the rows that the first one gets.
+            seed: Seed of the division.
+
+        Raises:
+            ValueError: If one of them would have no row.
+        """
+        rows = len(self.loader.dataset)  # type: ignore[arg-type]
+        first = round(share * rows)
+        if not 0 < first < rows:
+            raise ValueError(f"OldTask: share={share!r} of {rows} rows leaves one part empty; both need rows.")
+        order = torch.randperm(rows, generator=torch.Generator().manual_seed(seed)).tolist()
+        parts = [Subset(self.loader.dataset, sorted(part)) for part in (order[:first], order[first:])]
+        options = {**carried_options(self.loader), "batch_size": self.loader.batch_size or 32}
+        one, other = (replace(self, data=DataLoader(part, **options)) for part in parts)
+        return one, other
+
 
 def _takes_two(step: Callable[..., Any]) -> bool:
     try:
@@ -114,7 +134,7 @@ def evaluate(
     device = next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
     metric = copy.deepcopy(task.metric).to(device)
     metric.reset()
-    with _untouched(module, device):
+    with untouched(module, device):
         bar = tqdm(_fill(batches, rounds), total=rounds, desc=name, delay=2, leave=False, disable=not progress)
         for batch, counts in bar:
             arguments = _step(task, module, to_device(batch), name)
@@ -159,7 +179,8 @@ def _update(metric: Metric, arguments: tuple[Any, ...], name: str) -> None:
 
 
 @contextmanager
-def _untouched(module: nn.Module, device: torch.device) -> Iterator[None]:
+def untouched(module: nn.Module, device: torch.device) -> Iterator[None]:
+    """Run the module in eval mode for a while; modes and generators are as before afterwards."""
     modes = {child: child.training for child in module.modules()}
     module.eval()
     try:

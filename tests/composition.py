@@ -29,6 +29,8 @@ from torch.utils.data import DataLoader
 from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_peft import (
+    DERMixin,
+    DistillMixin,
     FullFinetuneMixin,
     KVPrefix,
     LinearProbeMixin,
@@ -41,18 +43,27 @@ from lightning_peft import (
     adapted,
 )
 from lightning_peft.callbacks import (
+    EWC,
+    DecayToPretrained,
     ExactResume,
+    ForgettingBudget,
     ForgettingEvaluation,
     FreezeSchedule,
     GradientFlow,
+    GradientProjection,
+    KLGauge,
+    MemoryFill,
     OldTask,
     ReplayMixing,
     WeightDrift,
+    WeightInterpolation,
     ZeroInitHead,
 )
+from lightning_peft.data import ReservoirBuffer
 from lightning_peft.distributed import rank, world_size
 from lightning_peft.files import write_text
 from lightning_peft.logging import FAMILIES
+from lightning_peft.mixins.der_mixin import LogitMemory
 from lightning_peft.old_task import evaluate
 from tests.toy import Toy, rows, same, weights
 
@@ -99,6 +110,16 @@ class Rehearsing(ReplayMixin, Plain):
         return torch.nn.functional.cross_entropy(self(batch[0]), batch[1])
 
 
+class Distilling(DistillMixin, Plain):
+    def distill_outputs(self, batch):
+        return self(batch[0])
+
+
+class Remembering(DERMixin, Plain):
+    def distill_outputs(self, batch):
+        return self(batch[0])
+
+
 class Reading(Plain):
     """The toy with a small BERT for its backbone, which reads a row as one embedded token."""
 
@@ -137,12 +158,22 @@ MODULES: dict[str, Callable[[], Plain]] = {
     "LinearProbeMixin": Probing,
     "FullFinetuneMixin": Full,
     "ReplayMixin": Rehearsing,
+    "DistillMixin": Distilling,
+    "DERMixin": Remembering,
     "adapted": adapted(Plain, LoRA(rank=2)),
 }
 
 
 def old_step(module, batch):
     return module(batch[0]), batch[1]
+
+
+def logits(module, batch):
+    return module(batch[0])
+
+
+def old_loss(module, batch):
+    return torch.nn.functional.cross_entropy(module(batch[0]), batch[1])
 
 
 def old_task() -> OldTask:
@@ -157,7 +188,27 @@ CALLBACKS: dict[str, Callable[[], pl.Callback]] = {
     "ExactResume": ExactResume,
     "GradientFlow": GradientFlow,
     "WeightDrift": lambda: WeightDrift(every_n_steps=3),
+    "ForgettingBudget": lambda: ForgettingBudget(9.0, tasks={"old": old_task()}, action="rollback", every_n_steps=3),
+    "KLGauge": lambda: KLGauge(logits, every_n_steps=3),
+    "DecayToPretrained": lambda: DecayToPretrained(0.1),
+    "EWC": lambda: EWC(rows(20, seed=4), logits, rate=1.0),
+    "GradientProjection": lambda: GradientProjection(rows(20, seed=3), old_loss, batch_size=4),
+    "WeightInterpolation": lambda: WeightInterpolation(old_task(), {"old": old_task()}, alphas=[0.0, 0.5, 1.0]),
+    "MemoryFill": lambda: MemoryFill(ReservoirBuffer(8), during="batches"),
 }
+PROTECTING = list(CALLBACKS)[-7:]
+"""They do not touch how a mixin adds weights, so they stand with two modules only; two mixins stand with what feeds them."""
+ALONE = {"no mixin", "LoRAMixin"}
+FED = {"DistillMixin": ("ReplayMixing", "ExactResume"), "DERMixin": ("ReplayMixing", "ExactResume")}
+
+
+def make(module: str, callback: str) -> pl.Callback:
+    """Return a callback for a module: DER's memory holds logits."""
+    if (module, callback) == ("DERMixin", "ReplayMixing"):
+        return ReplayMixing(LogitMemory(rows(20, seed=3), torch.zeros(20, 2), step=0).loader(), ratio=0.25)
+    return CALLBACKS[callback]()
+
+
 # What a feature adds: callbacks, options of the trainer, and what it does to the module.
 FEATURES: dict[str, dict[str, Any]] = {
     "ModelCheckpoint": {},
@@ -204,7 +255,7 @@ class Witness(pl.Callback):
     """Sees from outside whether a callback and a mixin do what they are there for."""
 
     def __init__(self, module: str, callback: str) -> None:
-        self.module, self.watched = module, CALLBACKS[callback]()
+        self.module, self.watched = module, make(module, callback)
         self.trained: set[str] | None = None
         self.drawn = 0
         self.kept: dict[str, Any] = {}
@@ -246,11 +297,29 @@ class Witness(pl.Callback):
             "ExactResume": len(self.kept.get("ExactResume", {}).get("processes", [])) == world_size(),
             "GradientFlow": all(norm > 0 for _, norm in getattr(self.watched, "norms", {}).get("head", [(0, 0)])),
             "WeightDrift": getattr(self.watched, "values", {}).get("head", {}).get("distance", 0) > 0,
+            **self.protected(),
         }
         of_module = {"LoRAMixin": "LoRA", "adapted": "LoRA", "LinearProbeMixin": "LinearProbeMixin"}
         of_module |= {"SoftPromptMixin": "prompt", "PrefixMixin": "prompt"}
         expected = ["head", of_module.get(self.module, "whole network"), "ReplayMixin", type(self.watched).__name__]
+        if isinstance(self.watched, WeightInterpolation):  # which may go back all the way
+            expected = expected[-1:]
         return [name for name in expected if not done[name]]
+
+    def protected(self) -> dict[str, bool]:
+        """Return who of those that protect an old task has done so."""
+        watched: Any = self.watched
+        return {
+            "DistillMixin": True,
+            "DERMixin": True,
+            "ForgettingBudget": bool(getattr(watched, "best", None)),
+            "KLGauge": bool(getattr(watched, "value", None)),
+            "DecayToPretrained": bool(getattr(watched, "_starts", None)),
+            "EWC": bool(getattr(watched, "fisher", None)),
+            "GradientProjection": True,
+            "WeightInterpolation": getattr(watched, "alpha", None) is not None,
+            "MemoryFill": len(getattr(watched, "buffer", ())) == 8,
+        }
 
 
 def ours(trainer: pl.Trainer) -> dict[str, float]:
@@ -262,6 +331,8 @@ def plain(state: Any) -> Any:
     """Return a state that can be compared by ``==``."""
     if isinstance(state, dict):
         return {key: plain(value) for key, value in state.items()}
+    if isinstance(state, list | tuple):
+        return [plain(value) for value in state]
     return state.tolist() if isinstance(state, torch.Tensor) else state
 
 
@@ -286,7 +357,7 @@ def cell(module: str, callback: str, feature: str, folder: Path) -> str:
         return "differs between the processes"
     if FEATURES[feature].get("compiled"):
         _, uncompiled = build(module, feature)
-        fit(uncompiled, [CALLBACKS[callback]()], feature)
+        fit(uncompiled, [make(module, callback)], feature)
         if not all(torch.allclose(value, end[name], rtol=0, atol=1e-6) for name, value in weights(uncompiled).items()):
             return "differs from the run that is not compiled"
     return after_resume(
@@ -297,7 +368,7 @@ def cell(module: str, callback: str, feature: str, folder: Path) -> str:
 def after_resume(module: str, callback: str, feature: str, folder: Path, whole: tuple[Any, ...]) -> str:
     """Go on from the checkpoint of the first epoch and compare weights, steps, state and log with those of the whole run."""
     given, net = build(module, feature)
-    watched = CALLBACKS[callback]()
+    watched = make(module, callback)
     trainer = fit(given, [watched, every_epoch(folder)], feature, ckpt_path=folder / "epoch=0.ckpt")
     if not same(weights(net), whole[0]):
         return "differs after a resume"
@@ -325,8 +396,23 @@ def all_cells(pairs: list[tuple[str, str, str]], folder: Path) -> dict[str, str]
     return found
 
 
+def callbacks_of(module: str) -> list[str]:
+    """Return the callbacks that a module stands with."""
+    return [one for one in FED.get(module, CALLBACKS) if one not in PROTECTING or module in ALONE]
+
+
 def everything() -> list[tuple[str, str, str]]:
-    return list(itertools.product(MODULES, CALLBACKS, FEATURES))
+    return [(module, *rest) for module in MODULES for rest in itertools.product(callbacks_of(module), FEATURES)]
+
+
+def pairwise() -> list[tuple[str, str, str]]:
+    """Return cells in which every pair of ``everything()`` occurs."""
+    cells = []
+    for i, module in enumerate(MODULES):
+        usual = [one for one in callbacks_of(module) if one not in PROTECTING]
+        cells += [(module, usual[(i + j) % len(usual)], feature) for j, feature in enumerate(FEATURES)]
+    cells += [("no mixin", *rest) for rest in itertools.product(PROTECTING, FEATURES)]
+    return cells + [("LoRAMixin", callback, "ModelCheckpoint") for callback in PROTECTING]
 
 
 def two_processes(names: list[tuple[str, str, str]], folder: Path) -> list[dict[str, str]]:
@@ -359,7 +445,7 @@ def table(one: dict[str, str], two: dict[str, str]) -> str:
     lines = []
     for module in MODULES:
         lines += ["", f"### {module}", "", f"| | {' | '.join(FEATURES)} |", "|---|" + "---|" * len(FEATURES)]
-        for callback in CALLBACKS:
+        for callback in callbacks_of(module):
             cells = [show(f"{module} / {callback} / {feature}") for feature in FEATURES]
             lines.append(f"| {callback} | {' | '.join(cells)} |")
     return "\n".join([*lines, "", *(f"{number}. {reason}" for reason, number in reasons.items())]) + "\n"

@@ -29,12 +29,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:`training_step` returned `None`"),
     pytest.mark.filterwarnings("ignore:WeightDrift. weight decay of SGD"),  # the toy's has momentum
 ]
-# Each mixin with each feature, each mixin with each callback, each callback with each feature.
-PAIRWISE = [
-    (module, list(CALLBACKS)[(i + j) % len(CALLBACKS)], feature)
-    for i, module in enumerate(MODULES)
-    for j, feature in enumerate(FEATURES)
-]
+PAIRWISE = composition.pairwise()
 
 
 def told() -> dict[str, str]:
@@ -59,8 +54,12 @@ def test_every_public_mixin_and_callback_has_its_place():
 
 def test_the_pairs_are_all_there():
     for first, second in itertools.combinations(range(3), 2):
-        kinds = (MODULES, CALLBACKS, FEATURES)
-        assert {(cell[first], cell[second]) for cell in PAIRWISE} == set(itertools.product(kinds[first], kinds[second]))
+        wanted, found = (
+            {(cell[first], cell[second]) for cell in cells} for cells in (composition.everything(), PAIRWISE)
+        )
+        assert found == wanted
+    for first, second, kinds in ((0, 2, (MODULES, FEATURES)), (1, 2, (CALLBACKS, FEATURES))):
+        assert {(cell[first], cell[second]) for cell in PAIRWISE} == set(itertools.product(*kinds))
 
 
 def test_no_cell_of_the_table_is_empty_or_bad():

@@ -21,7 +21,9 @@ PARTS = ("What it does", "In TensorBoard", "Values", "When not", "Source")
 
 
 def snake(name: str) -> str:
-    return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name.replace("LoRA", "Lora")).lower()
+    return re.sub(
+        r"(?<=[a-z])(?=[A-Z])", "_", name.replace("LoRA", "Lora").replace("DER", "Der").replace("KL", "Kl")
+    ).lower()
 
 
 @pytest.mark.parametrize("name", KINDS)

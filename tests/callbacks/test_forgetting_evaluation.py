@@ -2,17 +2,21 @@
 
 import copy
 import csv
+import json
 import pickle
 
 import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging
-from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.data import DataLoader
 from torchmetrics import MeanSquaredError
 
+from lightning_peft import LoRA, add_adapter
 from lightning_peft.callbacks import ForgettingEvaluation, OldTask
+from lightning_peft.callbacks.forgetting_report import draw_learned
 from tests.old_tasks import OLD, Noisy, accuracy, error, expected_accuracy, expected_error, regress
 from tests.toy import Toy, rows, same, weights
 
@@ -236,3 +240,69 @@ def test_a_step_that_the_metric_cannot_use_is_refused_before_the_first_step(fit,
         fit(net, ForgettingEvaluation({"old": task}), watch)
     assert watch.steps == []
     assert same(weights(net), start)
+
+
+class Clock:
+    """A clock that is set by hand."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+def test_what_would_take_too_much_of_the_time_is_left_out(fit, net, monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr("lightning_peft.callbacks.time_share.time", clock)
+
+    class Trains(pl.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            clock.now += 1.0
+
+    measuring = ForgettingEvaluation({"a": accuracy()}, every_n_steps=1, max_fraction_of_time=0.25)
+
+    def slow(trainer, pl_module, tasks):
+        clock.now += 2.0
+        return {"a": 0.5}
+
+    monkeypatch.setattr("lightning_peft.callbacks.forgetting_evaluation.measure", slow)
+    fit(net, Trains(), measuring, epochs=4)
+    # Two seconds are a quarter of eight: six of training must have passed. The last one is always made.
+    assert [entry["step"] for entry in measuring.history] == [0, 6, 12, 16]
+
+
+def test_a_share_of_the_time_is_one():
+    for share in (0, 1.5, -0.1):
+        with pytest.raises(ValueError, match=rf"max_fraction_of_time={share} must lie in \(0, 1\]"):
+            ForgettingEvaluation({"a": accuracy()}, max_fraction_of_time=share)
+
+
+def test_with_adapters_off_the_old_network_answers(fit):
+    net = Toy()
+    first = expected_accuracy(net)
+    add_adapter(net.backbone, LoRA(rank=2, targets=["*"]))
+    net.head.requires_grad_(False)
+    net.lr = 1.0
+    trainer = fit(net, ForgettingEvaluation({"a": accuracy()}, adapter_off=True), epochs=3)
+    assert float(trainer.callback_metrics["retained/a/adapter_off"]) == pytest.approx(first)
+    assert float(trainer.callback_metrics["retained/a"]) != pytest.approx(first)
+    with pytest.raises(ValueError, match="adapter_off=True, but Toy has no adapter"):
+        fit(Toy(), ForgettingEvaluation({"a": accuracy()}, adapter_off=True))
+
+
+def test_the_summary_and_the_picture_tell_the_run(fit, net, tmp_path):
+    logger = TensorBoardLogger(tmp_path, name="", version="")
+    measuring = ForgettingEvaluation({"a": accuracy()}, every_n_epochs=1, learned="loss")
+    fit(net, measuring, epochs=2, logger=logger)
+    summary = json.loads((tmp_path / "forgetting.json").read_text())
+    assert summary["before"] == measuring.before
+    assert summary["forgetting"] == measuring.forgetting
+    assert [entry["step"] for entry in summary["history"]] == [0, 4, 8]
+    assert [entry["learned"] is None for entry in summary["history"]] == [True, False, False]
+    logger.experiment.flush()
+    pictures = EventAccumulator(str(tmp_path)).Reload().Tags()["images"]
+    assert "forgetting/learned" in pictures
+    axes = draw_learned(measuring.history, "loss").axes[0]
+    (line,) = axes.get_lines()
+    assert list(line.get_xdata()) == [entry["forgetting"]["a"] for entry in measuring.history[1:]]
