@@ -225,6 +225,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=10, help="how many seeds (10)")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/forgetting_digits.json"))
     parser.add_argument("--page", type=Path, help="write the tables here too")
+    parser.add_argument("--arms", nargs="+", metavar="ARM", help="run only these, and keep the results of the others")
     parser.add_argument(
         "--tables", action="store_true", help="make the tables of the results that are there, without a run"
     )
@@ -232,11 +233,15 @@ def main() -> None:
     warnings.simplefilter("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     torch.set_num_threads(1)
-    if options.tables:
-        results = json.loads(options.out.read_text())
-    else:
-        cases = [(n, a, s, k) for n, a in (ARMS | BUDGET).items() for s in SCENARIOS for k in range(options.seeds)]
-        results = [run(*case) for case in tqdm(cases, desc="runs", smoothing=0)]
+    known = ARMS | BUDGET
+    if unknown := set(options.arms or ()) - set(known):
+        parser.error(f"--arms {' '.join(sorted(unknown))}: the arms are {', '.join(known)}")
+    chosen = [] if options.tables else options.arms or list(known)
+    kept = json.loads(options.out.read_text()) if options.tables or options.arms else []
+    results = [row for row in kept if row["arm"] not in chosen]
+    if chosen:
+        cases = [(name, known[name], s, k) for name in chosen for s in SCENARIOS for k in range(options.seeds)]
+        results += [run(*case) for case in tqdm(cases, desc="runs", smoothing=0)]
         write_text(options.out, json.dumps(results, indent=1) + "\n")
     made = page(results)
     print(made)

@@ -22,20 +22,19 @@ class RatioController:
         least: Smallest share.
         most: Largest share.
 
-    >>> controller = RatioController(first=0.5)
-    >>> controller.update(-1.0) < 0.5 < controller.update(5.0)
-    True
+    >>> [round(RatioController(first=0.5).update(used), 2) for used in (0.0, 0.6, 5.0)]
+    [0.38, 0.5, 0.6]
     """
 
-    limit = 1.5
-    """Largest excess that one measurement may count, in budgets."""
+    limit = 0.5
+    """Largest excess that counts, in budgets: much is lost in the first steps and comes back, so it must not wind up."""
 
     def __init__(  # noqa: PLR0917 - each is a number with a name
         self,
         first: float = 0.5,
-        gain: float = 0.6,
-        target: float = 0.7,
-        smoothing: float = 0.5,
+        gain: float = 0.8,
+        target: float = 0.6,
+        smoothing: float = 0.7,
         least: float = 0.005,
         most: float = 0.75,
     ) -> None:
