@@ -195,8 +195,8 @@ def _own_way(loader: Any) -> Any:
     if not goes_on_by_itself(loader):
         rank_zero_warn(
             f"{_OWNER}: a training loader ({type(loader).__name__}) cannot go on where it stopped: it is no DataLoader over a "
-            "map-style dataset with a length and torch's own __iter__, and has no state_dict and load_state_dict. A run "
-            "resumed in mid-epoch gets its first rows again."
+            "map-style dataset with a length, torch's own __iter__ and generators, and batches in order, and has no state_dict "
+            "and load_state_dict. A run resumed in mid-epoch gets its first rows again."
         )
     return loader
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import itertools
+import random
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch.utils.data import DataLoader, IterableDataset
@@ -24,10 +26,13 @@ def goes_on_by_itself(loader: object) -> bool:
 def can_go_on(loader: object) -> bool:
     """Whether :func:`resumable` can make a loader go on.
 
-    It must be a torch ``DataLoader`` over a map-style dataset, with a length (Lightning fetches ahead otherwise), of a class that
-    yields a batch for each index of its sampler: one with an ``__iter__`` of its own may not.
+    It must be a torch ``DataLoader`` over a map-style dataset, with a length (Lightning fetches ahead otherwise), that gives its
+    batches in order, of a class that yields a batch for each index of its sampler: one with an ``__iter__`` of its own may not.
+    Its samplers must draw from generators whose state can be taken: torch's.
     """
     if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
+        return False
+    if not getattr(loader, "in_order", True) or any(map(_draws_by_others, _owners(loader))):
         return False
     try:
         len(loader)
@@ -197,8 +202,21 @@ def resumable(
     return copied
 
 
+def _owners(loader: DataLoader[Any]) -> list[Any]:
+    return [loader, loader.sampler, loader.batch_sampler, getattr(loader.batch_sampler, "sampler", None)]
+
+
+def _attributes(owner: Any) -> list[Any]:
+    return list(getattr(owner, "__dict__", {}).values())
+
+
+def _draws_by_others(owner: Any) -> bool:
+    """Whether a sampler keeps a generator of numpy's or Python's."""
+    kinds = np.random.Generator | np.random.RandomState | random.Random
+    return any(isinstance(found, kinds) for found in _attributes(owner))
+
+
 def _generators(loader: DataLoader[Any]) -> list[torch.Generator]:
-    """List the loader's own generators, each once."""
-    owners = (loader, loader.sampler, loader.batch_sampler, getattr(loader.batch_sampler, "sampler", None))
-    found = [getattr(owner, "generator", None) for owner in owners]
+    """List the generators of a loader and its samplers, under whatever name, each once."""
+    found = [value for owner in _owners(loader) for value in _attributes(owner)]
     return list({id(generator): generator for generator in found if isinstance(generator, torch.Generator)}.values())

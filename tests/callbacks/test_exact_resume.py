@@ -96,7 +96,23 @@ def generator_of_its_own():
     return DataLoader(Noisy(), 6, shuffle=True, generator=torch.Generator().manual_seed(11))
 
 
+class Shuffles:
+    """A sampler of the user's own, with a generator under a name of its own."""
+
+    def __init__(self, rng):
+        self.rng = rng
+
+    def __iter__(self):
+        if isinstance(self.rng, torch.Generator):
+            return iter(torch.randperm(24, generator=self.rng).tolist())
+        return iter(self.rng.permutation(24).tolist())
+
+    def __len__(self):
+        return 24
+
+
 LOADERS = {
+    "a generator of another name": lambda: DataLoader(Noisy(), 6, sampler=Shuffles(torch.Generator().manual_seed(4))),
     "shuffled": shuffled,
     "in order": lambda: DataLoader(Noisy(), 6),
     "a generator of its own": generator_of_its_own,
@@ -289,7 +305,12 @@ def test_loaders_that_count_otherwise_are_named_and_left_alone(fit):
         def __iter__(self):
             return iter([[0, 1], [2, 3]])
 
-    for loader in (Halves(rows(24), 6), DataLoader(rows(24), batch_sampler=NoLength())):
+    for loader in (
+        Halves(rows(24), 6),
+        DataLoader(rows(24), batch_sampler=NoLength()),
+        DataLoader(rows(24), 6, sampler=Shuffles(np.random.default_rng(3))),
+        DataLoader(rows(24), 6, num_workers=1, in_order=False),
+    ):
         with pytest.warns(UserWarning, match="cannot go on where it stopped"):
             fit(
                 Net(lambda made=loader: made),
