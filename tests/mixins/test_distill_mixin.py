@@ -358,7 +358,7 @@ def test_bases_that_would_be_skipped_are_refused():
 
 
 def digits():
-    from sklearn.datasets import load_digits
+    load_digits = pytest.importorskip("sklearn.datasets", reason="needs the extra recipes").load_digits
 
     x, y = load_digits(return_X_y=True)
     x = torch.tensor(x / 16, dtype=torch.float32)
