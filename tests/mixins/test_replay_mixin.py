@@ -28,7 +28,7 @@ class Replaying(ReplayMixin, Rehearsal):
 def test_the_loss_is_the_sum_and_the_batch_is_used_once():
     net = Replaying()
     plain = Rehearsal.training_step(net, None, 0)
-    net.replay = 3.0, 0.5
+    net.replay = 3.0, 0.5, 1.0
     assert torch.equal(net.training_step(None, 0), plain + 0.5 * net.head.bias.sum() * 3.0)
     assert net.replay is None
     assert torch.equal(net.training_step(None, 0), plain)
@@ -43,7 +43,7 @@ def test_a_dictionary_keeps_its_other_entries():
         pass
 
     net = FromDictionary()
-    net.replay = 1.0, 1.0
+    net.replay = 1.0, 1.0, 1.0
     output = net.training_step(None, 0)
     assert output["extra"] == 7
     assert torch.equal(output["loss"], net.head.weight.sum() + net.head.bias.sum())
@@ -58,7 +58,7 @@ def test_a_skipped_step_stays_skipped():
         pass
 
     net = ReplaySkipping()
-    net.replay = 1.0, 1.0
+    net.replay = 1.0, 1.0, 1.0
     assert net.training_step(None, 0) is None
     assert net.replay is None
 
