@@ -28,6 +28,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:You're using the WeightAveraging callback"),
     pytest.mark.filterwarnings("ignore:`training_step` returned `None`"),
     pytest.mark.filterwarnings("ignore:WeightDrift. weight decay of SGD"),  # the toy's has momentum
+    pytest.mark.filterwarnings("ignore:DecayToPretrained. SGD also decays"),
 ]
 PAIRWISE = composition.pairwise()
 
