@@ -31,7 +31,15 @@ def measure(trainer: pl.Trainer, pl_module: pl.LightningModule, tasks: Mapping[s
 
     Where a ``WeightAveraging`` callback has begun to average the weights, the averaged ones are measured.
     """
-    with _averaged(trainer, pl_module), _forward_context(trainer):
+    with _averaged(trainer, pl_module):
+        return measure_present(trainer, pl_module, tasks)
+
+
+def measure_present(
+    trainer: pl.Trainer, pl_module: pl.LightningModule, tasks: Mapping[str, OldTask]
+) -> dict[str, float]:
+    """Return the value of each task with the weights that are in the module; otherwise as :func:`measure`."""
+    with forward_context(trainer):
         return {
             name: evaluate(
                 pl_module,
@@ -65,7 +73,7 @@ def movers(trainer: pl.Trainer) -> list[pl.Callback]:
     ]
 
 
-def _forward_context(trainer: pl.Trainer) -> AbstractContextManager[Any]:
+def forward_context(trainer: pl.Trainer) -> AbstractContextManager[Any]:
     """Return the precision context of the trainer's own forwards (autocast and the like)."""
     plugin = trainer.precision_plugin
     return cast("AbstractContextManager[Any]", plugin.forward_context()) if plugin is not None else nullcontext()

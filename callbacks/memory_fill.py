@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Literal, TypeAlias, cast
 
 import lightning.pytorch as pl
@@ -15,11 +15,13 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, default_collate
 from typing_extensions import override
 
+from lightning_peft.callbacks.measuring import forward_context
 from lightning_peft.callbacks.replay_mixing import ReplayMixing
 from lightning_peft.data.batch_rows import batch_rows
 from lightning_peft.data.buffers import MemoryBuffer, StoredRow
 from lightning_peft.data.mix_loader import MixLoader, Rows, row_count
 from lightning_peft.distributed import gather_objects, rank, world_size
+from lightning_peft.old_task import untouched
 from lightning_peft.one_lightning import refuse_pytorch_lightning
 
 _OWNER = "MemoryFill"
@@ -261,14 +263,9 @@ def _look(look: Look, name: str, pl_module: pl.LightningModule, batch: Any, rows
 @contextmanager
 def _unseen(trainer: pl.Trainer, module: nn.Module | None) -> Iterator[None]:
     """Let rows be read, and a module look at them, without a trace in generators, gradients, modes and statistics."""
-    modes = {child: child.training for child in module.modules()} if module is not None else {}
-    plugin = trainer.precision_plugin
-    precise = cast("AbstractContextManager[Any]", plugin.forward_context()) if modes else nullcontext()
-    for child in modes:
-        child.training = False
-    try:
-        with isolate_rng(include_cuda=torch.cuda.is_available()), torch.no_grad(), precise:
+    if module is None:
+        with isolate_rng(include_cuda=torch.cuda.is_available()):
             yield
-    finally:
-        for child, mode in modes.items():
-            child.training = mode
+        return
+    with untouched(module, trainer.strategy.root_device), torch.no_grad(), forward_context(trainer):
+        yield

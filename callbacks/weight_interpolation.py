@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
 import torch
@@ -14,11 +14,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_peft.callbacks.measuring import come_first
+from lightning_peft.callbacks.measuring import check_tasks, come_first, measure_present
 from lightning_peft.distributed import refuse_unsupported
 from lightning_peft.files import write_atomic
 from lightning_peft.logging import log_figure, log_values
-from lightning_peft.old_task import OldTask, evaluate
+from lightning_peft.old_task import OldTask
 from lightning_peft.one_lightning import refuse_pytorch_lightning
 from lightning_peft.reporting import TextTable, format_value
 from lightning_peft.weight_line import WeightLine, refuse_curved
@@ -94,18 +94,12 @@ class WeightInterpolation(pl.Callback):
         max_drop: float | None = None,
         path: str | Path | None = None,
     ) -> None:
-        if not old or "" in old:
-            raise ValueError(f"{_OWNER}: old={old!r} must be at least one OldTask, each with a name.")
-        for name, task in {"new": new, **old}.items():
-            if not isinstance(task, OldTask):
-                raise ValueError(
-                    f"{_OWNER}: {name!r} is a {type(task).__name__}; wrap it as OldTask(data, metric, step)."
-                )
+        check_tasks({"new": new}, _OWNER)
         if not {0.0, 1.0} <= set(alphas) or not all(0 <= alpha <= 1 for alpha in alphas):
             raise ValueError(f"{_OWNER}: alphas={alphas!r} must lie in [0, 1], with both ends 0 and 1 among them.")
         if max_drop is not None and not max_drop >= 0:
             raise ValueError(f"{_OWNER}: max_drop={max_drop!r} must be at least 0, in the unit of the metric.")
-        self.new, self.old = new, dict(old)
+        self.new, self.old = new, check_tasks(old, _OWNER)
         self.alphas = sorted({float(alpha) for alpha in alphas})
         self.max_drop, self.path = max_drop, None if path is None else Path(path)
         self.line: list[dict[str, Any]] = []
@@ -212,21 +206,13 @@ class WeightInterpolation(pl.Callback):
         return figure
 
     def _measured(self, trainer: pl.Trainer, pl_module: pl.LightningModule, alpha: float) -> dict[str, Any]:
-        plugin = trainer.precision_plugin
-        values = {}
-        with cast("Any", plugin.forward_context()):
-            for name, task in [(None, self.new), *self.old.items()]:
-                values[name] = evaluate(
-                    pl_module,
-                    task,
-                    name=f"{name or 'new task'} at {alpha:g}",
-                    to_device=lambda batch: trainer.strategy.batch_to_device(plugin.convert_input(batch)),
-                    progress=trainer.is_global_zero and trainer.progress_bar_callback is not None,
-                )
-        old = {name: values[name] for name in self.old}
+        tasks = {f"new task at {alpha:g}": self.new}
+        tasks |= {f"old task {name} at {alpha:g}": task for name, task in self.old.items()}
+        new, *others = measure_present(trainer, pl_module, tasks).values()
+        old = dict(zip(self.old, others, strict=True))
         before = self.line[0]["old"] if self.line else old
         drop = {name: task.sign * (before[name] - old[name]) for name, task in self.old.items()}
-        return {"alpha": alpha, "new": values[None], "old": old, "drop": drop}
+        return {"alpha": alpha, "new": new, "old": old, "drop": drop}
 
     def _report(self, trainer: pl.Trainer) -> None:
         chosen = next(point for point in self.line if point["alpha"] == self.alpha)

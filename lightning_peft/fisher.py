@@ -7,13 +7,13 @@ from contextlib import contextmanager
 from typing import Any, Literal, get_args
 
 import torch
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
 
 from lightning_peft.data.mix_loader import Rows, carried_options, row_count
 from lightning_peft.distributed import rank, world_size
+from lightning_peft.old_task import untouched
 
 Labels = Literal["exact", "sampled", "empirical"]
 Step = Callable[[Any, Any], Any]
@@ -168,20 +168,15 @@ def check_labels(labels: str, owner: str) -> None:
 @contextmanager
 def _scored(module: nn.Module, weights: Sequence[Tensor]) -> Iterator[None]:
     """Let gradients of these weights be taken in eval mode, and leave no trace."""
-    modes = {child: child.training for child in module.modules()}
     flags = [weight.requires_grad for weight in weights]
-    device = weights[0].device if weights else torch.device("cpu")
-    module.eval()
     try:
         for weight in weights:
             weight.requires_grad_(True)
-        with torch.enable_grad(), isolate_rng(include_cuda=device.type == "cuda"):
+        with torch.enable_grad(), untouched(module, weights[0].device if weights else torch.device("cpu")):
             yield
     finally:
         for weight, flag in zip(weights, flags, strict=True):
             weight.requires_grad_(flag)
-        for child, mode in modes.items():
-            child.training = mode
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

@@ -30,7 +30,25 @@ def exact(ratio: float, owner: str) -> Fraction:
 
 
 @dataclass(frozen=True)
-class LinearRatio:
+class _Way:
+    first: float
+    last: float
+    steps: int
+
+    def __post_init__(self) -> None:
+        """Refuse what is no way from one share to another."""
+        name = type(self).__name__
+        for which, ratio in (("first", self.first), ("last", self.last)):
+            if not 0 <= ratio < 1:
+                raise ValueError(f"{name}: {which}={ratio!r} must lie in [0, 1): a share of old rows.")
+        if not isinstance(self.steps, int) or self.steps < 1:
+            raise ValueError(f"{name}: steps={self.steps!r} must be a whole number of at least 1.")
+
+    def _between(self, gone: float) -> float:
+        return self.first + (self.last - self.first) * gone
+
+
+class LinearRatio(_Way):
     """Go from one share of old rows to another in a straight line, and stay there.
 
     Args:
@@ -42,22 +60,12 @@ class LinearRatio:
     [0.5, 0.3, 0.1, 0.1]
     """
 
-    first: float
-    last: float
-    steps: int
-
-    def __post_init__(self) -> None:
-        """Refuse what is no way from one share to another."""
-        _check(self)
-
     def __call__(self, step: int) -> float:
         """Return the share at a step."""
-        way = min(step / self.steps, 1.0)
-        return self.first + (self.last - self.first) * way
+        return self._between(min(step / self.steps, 1.0))
 
 
-@dataclass(frozen=True)
-class CosineRatio:
+class CosineRatio(_Way):
     """Go from one share of old rows to another along half a cosine wave, slowly at both ends, and stay there.
 
     Args:
@@ -69,27 +77,9 @@ class CosineRatio:
     [0.5, 0.3, 0.1, 0.1]
     """
 
-    first: float
-    last: float
-    steps: int
-
-    def __post_init__(self) -> None:
-        """Refuse what is no way from one share to another."""
-        _check(self)
-
     def __call__(self, step: int) -> float:
         """Return the share at a step."""
-        way = min(step / self.steps, 1.0)
-        return self.last + (self.first - self.last) * (1 + math.cos(math.pi * way)) / 2
-
-
-def _check(way: LinearRatio | CosineRatio) -> None:
-    name = type(way).__name__
-    for which, ratio in (("first", way.first), ("last", way.last)):
-        if not 0 <= ratio < 1:
-            raise ValueError(f"{name}: {which}={ratio!r} must lie in [0, 1): a share of old rows.")
-    if not isinstance(way.steps, int) or way.steps < 1:
-        raise ValueError(f"{name}: steps={way.steps!r} must be a whole number of at least 1.")
+        return self._between((1 - math.cos(math.pi * min(step / self.steps, 1.0))) / 2)
 
 
 class Curve:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import lightning.pytorch as pl
@@ -22,7 +21,7 @@ from lightning_peft.distributed import rank
 from lightning_peft.mixins.distill_mixin import refuse_two_replays
 from lightning_peft.mixins.order import refuse_order
 from lightning_peft.mixins.replay_mixin import ReplayMixin
-from lightning_peft.randomness import random_state, set_random_state
+from lightning_peft.old_task import untouched
 
 
 class LogitMemory(Dataset[tuple[Any, Tensor, int]]):
@@ -192,25 +191,12 @@ def _logits(
     loader: DataLoader[Any], module: pl.LightningModule, outputs: Callable[[Any, Any], Tensor] | None
 ) -> list[Tensor]:
     found: list[Tensor] = []
-    with _evaluating(module):
+    with untouched(module, module.device):
         for batch in tqdm(loader, desc="logits", delay=2, leave=False, disable=rank() > 0):
             moved = move_data_to_device(batch, module.device)
             logits = cast("Any", module).distill_outputs(moved) if outputs is None else outputs(module, moved)
             found.append(logits.cpu())
     return found
-
-
-@contextmanager
-def _evaluating(module: pl.LightningModule) -> Iterator[None]:
-    training, state = [child for child in module.modules() if child.training], random_state(module.device)
-    for child in training:
-        child.training = False
-    try:
-        yield
-    finally:
-        for child in training:
-            child.training = True
-        set_random_state(state, module.device)
 
 
 def _collate(

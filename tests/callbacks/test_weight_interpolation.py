@@ -298,7 +298,7 @@ def test_the_chosen_point_is_logged_drawn_and_saved(fit, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"old": {}}, "old={} must be at least one OldTask"),
+        ({"old": {}}, "tasks={} must be at least one OldTask"),
         ({"old": {"a": 3}}, "'a' is a int; wrap it"),
         ({"new": 3}, "'new' is a int; wrap it"),
         ({"alphas": [0.0, 0.5]}, "must lie in \\[0, 1\\], with both ends"),
