@@ -19,7 +19,7 @@ from lightning_peft.data.streams import Stream, rank_slice
 from lightning_peft.distributed import refuse_unsupported
 from lightning_peft.logging import log_values, register_chart
 from lightning_peft.one_lightning import refuse_pytorch_lightning
-from lightning_peft.randomness import random_state, set_random_state
+from lightning_peft.randomness import random_state_kept
 
 _OWNER = "GradientProjection"
 
@@ -132,7 +132,7 @@ class GradientProjection(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.global_step == 0:  # a resumed run goes on counting
             self.steps, self.projected, self.alignment = 0, 0, 0.0
-        with _random_numbers_kept(pl_module):
+        with random_state_kept(pl_module.device):
             try:
                 self._batch(trainer, [0])
             except Exception as error:
@@ -148,7 +148,7 @@ class GradientProjection(pl.Callback):
         moving = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         if not moving:
             return
-        with _random_numbers_kept(pl_module), _statistics_kept(pl_module, keep=not self.update_statistics):
+        with random_state_kept(pl_module.device), _statistics_kept(pl_module, keep=not self.update_statistics):
             references = self._reference(trainer, pl_module, moving)
         gradients = [cast("Tensor", parameter.grad) for parameter in moving]
         with torch.no_grad():
@@ -224,15 +224,6 @@ def _product(first: Sequence[Tensor], second: Sequence[Tensor]) -> float:
 
 def _wide(tensor: Tensor) -> Tensor:
     return tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32))
-
-
-@contextmanager
-def _random_numbers_kept(module: pl.LightningModule) -> Iterator[None]:
-    state = random_state(module.device)
-    try:
-        yield
-    finally:
-        set_random_state(state, module.device)
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lightning_peft.adapters.attachment import Attachment, attachment_of
 from lightning_peft.adapters.switch import adapter_disabled
 from lightning_peft.adapters.updates import ATTRIBUTE
-from lightning_peft.randomness import random_state, set_random_state
+from lightning_peft.randomness import random_state_kept
 
 IGNORED = -100
 """The label of rows and tokens that have none."""
@@ -258,18 +258,17 @@ def _buffers(module: nn.Module) -> dict[str, tuple[nn.Module, str]]:
 def _inert(module: nn.Module) -> Iterator[None]:
     device = next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
     training = [child for child in module.modules() if child.training]
-    state, cached = random_state(device), torch.is_autocast_cache_enabled()
+    cached = torch.is_autocast_cache_enabled()
     torch.set_autocast_cache_enabled(False)  # it knows a weight by its object, whose values are changed here
     for child in training:
         child.training = False
     try:
-        with torch.no_grad():
+        with random_state_kept(device), torch.no_grad():
             yield
     finally:
         for child in training:
             child.training = True
         torch.set_autocast_cache_enabled(cached)
-        set_random_state(state, device)
 
 
 @contextmanager

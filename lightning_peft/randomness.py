@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 import numpy as np
@@ -51,3 +53,22 @@ def set_random_state(state: RandomState, device: torch.device | None = None) -> 
     torch.set_rng_state(state["torch"])
     if "cuda" in state and device is not None and device.type == "cuda":
         torch.cuda.set_rng_state(state["cuda"], device)
+
+
+@contextmanager
+def random_state_kept(device: torch.device | None = None) -> Iterator[None]:
+    """Take back what is drawn inside.
+
+    Args:
+        device: A CUDA device whose generator counts too.
+
+    >>> with random_state_kept():
+    ...     first = torch.rand(2)
+    >>> torch.equal(torch.rand(2), first)
+    True
+    """
+    state = random_state(device)
+    try:
+        yield
+    finally:
+        set_random_state(state, device)
