@@ -24,7 +24,7 @@ from lightning_peft.data.streams import key
 from lightning_peft.distillation import adapted_networks
 from lightning_peft.distributed import rank
 from lightning_peft.files import write_text
-from lightning_peft.randomness import random_state, set_random_state
+from lightning_peft.randomness import random_state_kept
 
 _OWNER = "SelfGenerated"
 Prompt = str | Sequence[int]
@@ -201,10 +201,8 @@ def _device(model: nn.Module) -> torch.device:
 @contextmanager
 def _as_pretrained(model: nn.Module) -> Iterator[None]:
     """Take adapters off for a while, in eval mode and without gradient; keep the generators of random numbers."""
-    training, device = [module for module in model.modules() if module.training], _device(model)
-    state = random_state(device)
-    with ExitStack() as stack:
-        stack.enter_context(torch.no_grad())
+    training = [module for module in model.modules() if module.training]
+    with ExitStack() as stack, random_state_kept(_device(model)), torch.no_grad():
         for _, network, _ in adapted_networks(model):
             stack.enter_context(adapter_disabled(network))
         for module in training:
@@ -214,7 +212,6 @@ def _as_pretrained(model: nn.Module) -> Iterator[None]:
         finally:
             for module in training:
                 module.training = True
-            set_random_state(state, device)
 
 
 def _seed_generators(seed: int, device: torch.device) -> None:
