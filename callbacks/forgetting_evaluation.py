@@ -115,8 +115,9 @@ class ForgettingEvaluation(pl.Callback):
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.global_step != self._measured_at or movers(trainer):  # which put other weights in, just before this
-            self._measure(trainer, pl_module)
+        moved = bool(movers(trainer))  # which put other weights in, just before this
+        if trainer.global_step != self._measured_at or moved:
+            self._measure(trainer, pl_module, moved=moved)
         if self.learned is not None:
             log_figure(trainer, "forgetting/learned", draw_learned(self.history, self.learned))
         if trainer.is_global_zero and trainer.loggers and (folder := trainer.log_dir) is not None:
@@ -142,7 +143,7 @@ class ForgettingEvaluation(pl.Callback):
         self.before, self.after = dict(state_dict["before"]), dict(state_dict["after"])
         self._measured_at, self.history = state_dict["measured_at"], list(state_dict.get("history", []))
 
-    def _measure(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def _measure(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *, moved: bool = False) -> None:
         with self.time.spent():
             self.after = measure(trainer, pl_module, self.tasks)
             off = self._without_adapters(trainer, pl_module) if self.adapter_off else {}
@@ -151,7 +152,8 @@ class ForgettingEvaluation(pl.Callback):
         values = {f"retained/{name}": value for name, value in self.after.items()}
         values |= {f"forgetting/{name}": drop for name, drop in self.forgetting.items()}
         values |= {f"retained/{name}/adapter_off": value for name, value in off.items()}
-        learned = None if self.learned is None else trainer.callback_metrics.get(self.learned)
+        # What is known of the new task is of the weights before they were moved.
+        learned = None if self.learned is None or moved else trainer.callback_metrics.get(self.learned)
         self.history.append(
             {
                 "step": trainer.global_step,

@@ -306,3 +306,9 @@ def test_the_summary_and_the_picture_tell_the_run(fit, net, tmp_path):
     axes = draw_learned(measuring.history, "loss").axes[0]
     (line,) = axes.get_lines()
     assert list(line.get_xdata()) == [entry["forgetting"]["a"] for entry in measuring.history[1:]]
+
+
+def test_what_was_learned_is_not_told_of_weights_that_were_put_in_at_the_end(fit, net):
+    measuring = ForgettingEvaluation({"a": accuracy()}, every_n_epochs=1, learned="loss")
+    fit(net, measuring, EMAWeightAveraging(decay=0.5), epochs=2)
+    assert [entry["learned"] is None for entry in measuring.history] == [True, False, False, True]
