@@ -120,7 +120,8 @@ class ForgettingEvaluation(pl.Callback):
             self._measure(trainer, pl_module, moved=moved)
         if self.learned is not None:
             log_figure(trainer, "forgetting/learned", draw_learned(self.history, self.learned))
-        if trainer.is_global_zero and trainer.loggers and (folder := trainer.log_dir) is not None:
+        folder = trainer.log_dir if trainer.loggers else None  # every rank asks: Lightning broadcasts the answer
+        if trainer.is_global_zero and folder is not None:
             summary = {
                 "before": self.before,
                 "after": self.after,

@@ -6,6 +6,7 @@ GPUs with NCCL.
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import tempfile
@@ -20,6 +21,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import BackboneFinetuning
+from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from safetensors.torch import load_file
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
@@ -284,16 +286,20 @@ def old_task() -> OldTask:
 
 
 def measuring_an_uneven_set() -> Result:
-    """33 rows on two processes: each row counts once."""
+    """33 rows on two processes: each row counts once, and one process writes the summary."""
 
     def step(module, batch):
         return batch[0].sum(1)
 
     mean = OldTask(DataLoader(rows(33, seed=9, dtype=torch.float64), 4), MeanMetric(), step, higher_is_better=True)
-    evaluation = ForgettingEvaluation({"mean": mean, "pairs": old_task()}, every_n_epochs=1)
-    trainer = fit(RankToy(), evaluation)
+    folder = shared_folder()
+    evaluation = ForgettingEvaluation({"mean": mean, "pairs": old_task()}, every_n_epochs=1, learned="retained/mean")
+    trainer = fit(RankToy(), evaluation, logger=TensorBoardLogger(folder))
     logged = {key: float(value) for key, value in trainer.callback_metrics.items() if "mean" in key or "pairs" in key}
-    return {**evaluation.before, **logged}
+    trainer.strategy.barrier()
+    written = json.loads(Path(trainer.log_dir, "forgetting.json").read_text())["after"]
+    remove(folder)
+    return {**evaluation.before, **logged, **{f"written {task}": value for task, value in written.items()}}
 
 
 def gathering_uneven_rows() -> Result:
