@@ -12,6 +12,7 @@ import torch.nn.functional as F  # noqa: N812 - the field's name for it
 from torch import Tensor, nn
 
 from lightning_peft.adapters.attachment import Attachment, attachment_of
+from lightning_peft.adapters.layer import is_merged
 from lightning_peft.adapters.switch import adapter_disabled
 from lightning_peft.adapters.updates import ATTRIBUTE
 from lightning_peft.randomness import random_state_kept
@@ -150,10 +151,13 @@ def _mean(values: Tensor, mask: Tensor | None) -> Tensor:
 
 @dataclass
 class Reference:
-    """A network as it was: its adapters off, and everything else that trains or moves at the values it had.
+    """A network as it was: its adapters off or as they were, and all else that trains or moves at the values it had.
 
     What an adapter adds needs no copy. Of parameters outside of it that train, and of floating point buffers (running
     statistics), it keeps one, made before they move. Plain tensors: in no optimizer, in no ``state_dict``.
+
+    Args:
+        adapters_on: The reference has the adapters as they were, too, instead of none: what they add is copied then.
 
     >>> net, reference = nn.Linear(1, 1, bias=False), Reference()
     >>> _ = net.weight.data.fill_(2.0)
@@ -168,6 +172,7 @@ class Reference:
 
     parameters: dict[str, Tensor] = field(default_factory=dict)
     buffers: dict[str, Tensor] = field(default_factory=dict)
+    adapters_on: bool = False
 
     @torch.no_grad()
     def keep(self, module: nn.Module) -> None:
@@ -179,7 +184,7 @@ class Reference:
         if not self.buffers:
             places = _buffers(module).items()
             self.buffers = {name: getattr(owner, key).detach().clone() for name, (owner, key) in places}
-        added, moved = _adapters_own(module)
+        added, moved = (set(), set()) if self.adapters_on else _adapters_own(module)
         copies: dict[int, Tensor] = {id(p): self.parameters[n] for n, p in _named(module) if n in self.parameters}
         for name, parameter in _named(module):
             if (parameter.requires_grad or name in moved) and name not in added and name not in self.parameters:
@@ -206,12 +211,16 @@ class Reference:
             module: The network whose reference this is; its adapter may be merged.
 
         Raises:
-            ValueError: If weights below an adapter have trained that nobody kept.
+            ValueError: If weights below an adapter have trained that nobody kept; for a merged adapter that should be on.
         """
         rest = dict(self.parameters)
         with ExitStack() as stack:
             stack.enter_context(_inert(module))
-            for path, network, attachment in adapted_networks(module):
+            if self.adapters_on and is_merged(module):
+                raise ValueError(
+                    "Reference: the adapter is merged, so it cannot be put back to what it was. Unmerge it."
+                )
+            for path, network, attachment in [] if self.adapters_on else adapted_networks(module):
                 own = {key: rest.pop(f"{path}{key}") for key in attachment.flags if f"{path}{key}" in rest}
                 stack.enter_context(_without_adapter(network, attachment, own))
             _put_in(module, rest, self.buffers, stack)
@@ -219,7 +228,11 @@ class Reference:
 
     def state_dict(self) -> dict[str, Any]:
         """Return plain tensors by name."""
-        return {"parameters": dict(self.parameters), "buffers": dict(self.buffers)}
+        return {
+            "parameters": dict(self.parameters),
+            "buffers": dict(self.buffers),
+            "adapters_on": self.adapters_on,
+        }
 
 
 def adapted_networks(module: nn.Module) -> list[tuple[str, nn.Module, Attachment]]:

@@ -197,6 +197,35 @@ def test_the_reference_is_the_network_before_whatever_trained(kind):
     assert all(not value.requires_grad for value in reference.parameters.values())
 
 
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_the_reference_may_have_the_adapter_as_an_earlier_task_left_it(kind):
+    torch.manual_seed(3)
+    net, x = Careless(), torch.randn(5, 4)
+    if (adapter := ADAPTERS[kind]) is not None:
+        add_adapter(net.below, adapter)
+    move(net)  # the earlier task
+    before = net.eval()(x).detach()
+    reference = Reference(adapters_on=True)
+    reference.keep(net)
+    move(net)
+    now = net.eval()(x).detach()
+    assert not torch.allclose(now, before, atol=0.1)
+    for kept in (reference, Reference(**reference.state_dict())):
+        with kept.acting(net):
+            assert torch.equal(net(x), before)
+        assert torch.equal(net(x), now)
+
+
+def test_a_merged_adapter_cannot_be_put_back_to_what_it_was():
+    net = nn.Sequential(nn.Linear(4, 4))
+    add_adapter(net, LoRA(rank=2))
+    reference = Reference(adapters_on=True)
+    reference.keep(net)
+    merge_adapter(net)
+    with pytest.raises(ValueError, match="the adapter is merged"), reference.acting(net):
+        pass
+
+
 def test_with_an_adapter_only_what_trains_beside_it_is_copied():
     net = Careless()
     add_adapter(net.below, LoRA(rank=2))

@@ -29,6 +29,9 @@ class DistillMixin(ReplayMixin):
     A new fit, from step 0, begins with a new copy. The reference pass runs in eval mode, and leaves dropout's generators and
     running statistics alone.
 
+    In a sequence of tasks the adapter holds what earlier fits have taught: with ``distill_from="start"`` the reference is the
+    module as the fit found it, adapters on, and the copy holds the adapter too.
+
     ``distill_mask(self, batch)``, if there is one, says which rows or tokens count (``attention_mask``, say), and the mean is over
     these, within each process; the processes weigh by their rows. ``distill_targets(self, batch)`` returns the classes that
     ``exclude_target`` leaves out.
@@ -46,6 +49,8 @@ class DistillMixin(ReplayMixin):
 
     distill: Literal["kl", "mse"] = "kl"
     """What to hold: the distributions of logits, or features."""
+    distill_from: Literal["pretrained", "start"] = "pretrained"
+    """What to hold to: the module without its adapters, or as the fit found it."""
     distill_temperature: float = 1.0
     """Divides the logits of both; above 1, improbable classes count more."""
     exclude_target: bool = False
@@ -92,8 +97,8 @@ class DistillMixin(ReplayMixin):
             return self.distill_outputs(batch)
 
     def keep_reference(self) -> None:
-        """Take the module as it is now for its reference, with adapters off; a fit from step 0 takes it anew."""
-        self.distill_reference = Reference()
+        """Take the module as it is now for its reference, its adapters as ``distill_from`` says; each fit begins so."""
+        self.distill_reference = Reference(adapters_on=self.distill_from == "start")
         self.distill_reference.keep(self)
 
     def _asked(self, method: str, batch: Any) -> Tensor | None:
@@ -145,7 +150,7 @@ class DistillMixin(ReplayMixin):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
         found = checkpoint.get(_KEY)
-        self.distill_reference = None if found is None else Reference(**{key: dict(found[key]) for key in found})
+        self.distill_reference = None if found is None else Reference(**found)
 
 
 def refuse_two_replays(cls: type, mixin: type) -> None:
@@ -165,6 +170,8 @@ def refuse_two_replays(cls: type, mixin: type) -> None:
 
 def _check_settings(name: str, found: type[DistillMixin] | DistillMixin) -> None:
     kind, temperature = found.distill, found.distill_temperature
+    if found.distill_from not in ("pretrained", "start"):
+        raise ValueError(f"{name}: distill_from={found.distill_from!r} must be 'pretrained' or 'start'.")
     if kind not in ("kl", "mse"):
         raise ValueError(f"{name}: distill={kind!r} must be 'kl', for logits, or 'mse', for features.")
     if not isinstance(temperature, int | float) or not 0 < temperature < float("inf"):

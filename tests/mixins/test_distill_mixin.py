@@ -217,6 +217,18 @@ def test_a_new_fit_has_a_new_reference_and_a_copy_keeps_its_own(fit):
         assert torch.equal(twin.reference_outputs(OLD.tensors), twins[0].reference_outputs(OLD.tensors))
 
 
+def test_in_a_sequence_the_reference_may_be_what_the_fit_before_left(fit):
+    net = make(WithLoRA)
+    net.distill_from = "start"
+    fit(net, distilling())
+    with torch.no_grad():
+        learned = copy.deepcopy(net).eval()(OLD.tensors[0])
+    looks = Looks()
+    fit(net, distilling(), looks)
+    assert all(torch.equal(seen, learned) for seen in looks.seen)
+    assert not torch.allclose(net.eval()(OLD.tensors[0]), learned, atol=1e-3)
+
+
 def test_what_a_schedule_frees_later_is_held_to_what_it_was(fit):
     net, looks = make(Plain), Looks()
     with torch.no_grad():
@@ -314,6 +326,7 @@ def test_features_masks_targets_and_temperature_reach_the_loss():
     ("settings", "message"),
     [
         ({"distill": "kld"}, "Wrong: distill='kld' must be 'kl'"),
+        ({"distill_from": "now"}, "distill_from='now' must be 'pretrained' or 'start'"),
         ({"distill_temperature": 0}, "distill_temperature=0 must be a number above 0"),
         ({"distill": "mse", "exclude_target": True}, "distill='mse' has no temperature and no target"),
         ({"distill": "mse", "distill_temperature": 2.0}, "distill='mse' has no temperature"),
