@@ -13,5 +13,6 @@ __all__ = ["RUNS", "keep_what_it_knows"]
 RUNS = {
     "sentiment": "Learn movie-review sentiment with MiniLM and keep what it could do before.",
     "head_init": "Compare heads that start random, scaled, zero or trained first, by what they do to pretrained features.",
+    "continual": "Learn tasks one after the other and keep the earlier ones: all metrics; by replay, distillation or a budget.",
 }
 """Recipes that are a command of their own."""

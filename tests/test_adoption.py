@@ -13,9 +13,10 @@ from tests import adoption
 
 ROOT = Path(__file__).parents[1]
 IDS = [f"{trial.module}-{trial.technique}" for trial in adoption.TRIALS]
-# Four recurrent layers of 512 take longer than all the others; make test-all tries them.
+# The slowest are left to make test-all.
+LARGE = {"LightningLSTM", "LightningTransformer", "NBeats"}
 SIZED = [
-    pytest.param(trial, marks=pytest.mark.large if trial.module == "LightningLSTM" else pytest.mark.slow, id=name)
+    pytest.param(trial, marks=pytest.mark.large if trial.module in LARGE else pytest.mark.slow, id=name)
     for trial, name in zip(adoption.TRIALS, IDS, strict=True)
 ]
 

@@ -85,10 +85,11 @@ def test_pairs_train_and_resume_as_the_table_says_in_one_process(tmp_path):
 
 
 @pytest.mark.slow
-def test_pairs_train_and_resume_as_the_table_says_in_two_processes(tmp_path):
-    first, second = composition.two_processes(PAIRWISE, tmp_path)
+def test_a_third_of_the_pairs_trains_and_resumes_as_the_table_says_in_two_processes(tmp_path):
+    sample = PAIRWISE[::3]  # the other cells are in the next test
+    first, second = composition.two_processes(sample, tmp_path)
     assert first == second
-    agree(PAIRWISE, first, part=-1)
+    agree(sample, first, part=-1)
 
 
 @pytest.mark.large

@@ -241,6 +241,7 @@ with torch.no_grad():
 """
 
 
+@pytest.mark.large
 def test_networks_are_read_in_a_new_process(tmp_path):
     methods = [KVPrefix(), KVPrefix(reparametrise=4), SoftPrompt(), DeepPrompt()]
     cases = {}
