@@ -164,27 +164,38 @@ def tiny_tasks() -> list[Task]:
     return tasks
 
 
+class StoppedError(Exception):
+    pass
+
+
 class Counts:
     """A bar that counts where a parent process sees it."""
 
     disable = True
 
-    def __init__(self, steps=None):
-        self.steps = steps
+    def __init__(self, steps=None, stop=None):
+        self.steps, self.stop, self.count = steps, stop, 0
 
     def update(self, count=1):
+        self.count += count
         if self.steps is not None:
             self.steps.value += count
+        if self.count == self.stop:
+            raise StoppedError
 
     def set_postfix_str(self, text):
         pass
 
 
-def learn(folder: Path, arm: str, steps=None) -> Progress:
+def sequence(folder: Path, arm: str, steps=None, stop=None, every=3) -> TaskSequence:
     pl.seed_everything(3, verbose=False)
     net = (TinyHeld if arm == "distill" else TinyLoRA)(adapter=LoRA(rank=2))
-    plan = Plan(arm, steps=9, batch_size=6, capacity=18, look_every=3, checkpoint_every=2, accelerator="cpu")
-    return TaskSequence(net, tiny_tasks(), collate, plan, folder=folder, bar=Counts(steps)).learn()
+    plan = Plan(arm, steps=9, batch_size=6, capacity=18, look_every=3, checkpoint_every=every, accelerator="cpu")
+    return TaskSequence(net, tiny_tasks(), collate, plan, folder=folder, bar=Counts(steps, stop))
+
+
+def learn(folder: Path, arm: str, steps=None) -> Progress:
+    return sequence(folder, arm, steps).learn()
 
 
 def left_by(folder: Path) -> tuple[dict, dict]:
@@ -229,8 +240,45 @@ def test_a_sequence_killed_at_random_ends_with_the_same_weights_and_the_same_rec
         assert len(set(finished)) > 1  # the kills fell into more than one task
 
 
+@pytest.mark.parametrize("arm", ["budget", "distill"])
+@pytest.mark.parametrize("stop", [9, 10, 18])  # after the last step of a task, and before a task has a checkpoint
+def test_a_sequence_that_stops_between_two_checkpoints_goes_on_from_what_is_on_disk(tmp_path, arm, stop):
+    learn(tmp_path / "whole", arm)
+    with pytest.raises(StoppedError):
+        sequence(tmp_path / "stopped", arm, stop=stop, every=9).learn()
+    sequence(tmp_path / "stopped", arm, every=9).learn()
+    progress, weights = left_by(tmp_path / "whole")
+    again, weights_again = left_by(tmp_path / "stopped")
+    assert again == progress
+    assert all(torch.equal(value, weights_again[name]) for name, value in weights.items())
+
+
+@pytest.mark.parametrize("arm", ["budget", "distill"])
+def test_a_sequence_that_stops_after_a_task_s_training_does_its_last_steps_again(tmp_path, monkeypatch, arm):
+    def stop(*arguments):
+        raise StoppedError
+
+    learn(tmp_path / "whole", arm)
+    with monkeypatch.context() as patched, pytest.raises(StoppedError):
+        patched.setattr(TaskSequence, "_take_down", stop)
+        sequence(tmp_path / "stopped", arm).learn()
+    learn(tmp_path / "stopped", arm)
+    (progress, weights), (again, weights_again) = left_by(tmp_path / "whole"), left_by(tmp_path / "stopped")
+    assert again == progress
+    assert all(torch.equal(value, weights_again[name]) for name, value in weights.items())
+
+
+def test_a_task_s_limit_is_what_is_left_of_it(tmp_path):
+    found = sequence(tmp_path, "budget")
+    assert found._budget(0) is None
+    found.progress.guards = [{"task 0": 0.9}, {"task 0": 0.88, "task 1": 0.8}]
+    assert found._budget(2).max_drop == {"task 0": pytest.approx(0.03), "task 1": 0.05}
+    found.progress.guards[-1]["task 0"] = 0.7
+    assert found._budget(2).max_drop == {"task 0": 0.01, "task 1": 0.05}
+
+
 @pytest.mark.parametrize("arm", ["none", "replay", "distill", "budget", "joint"])
-def test_every_arm_learns_each_task_and_all_but_none_keep_more(tmp_path, arm):
+def test_every_arm_measures_every_task_after_every_task(tmp_path, arm):
     progress = learn(tmp_path, arm)
     matrix = progress.matrix(tiny_tasks())
     assert matrix.shape == (4, 3)
