@@ -190,7 +190,7 @@ class Counts:
 def sequence(folder: Path, arm: str, steps=None, stop=None, every=3) -> TaskSequence:
     pl.seed_everything(3, verbose=False)
     net = (TinyHeld if arm == "distill" else TinyLoRA)(adapter=LoRA(rank=2))
-    plan = Plan(arm, steps=9, batch_size=6, capacity=18, look_every=3, checkpoint_every=every, accelerator="cpu")
+    plan = Plan(arm, steps=9, batch_size=6, capacity=18, look_every=4, checkpoint_every=every, accelerator="cpu")
     return TaskSequence(net, tiny_tasks(), collate, plan, folder=folder, bar=Counts(steps, stop))
 
 
@@ -283,7 +283,7 @@ def test_every_arm_measures_every_task_after_every_task(tmp_path, arm):
     matrix = progress.matrix(tiny_tasks())
     assert matrix.shape == (4, 3)
     assert not matrix.isnan().any()
-    assert len(progress.looks) == 3 * (1 + 2 + 3)
+    assert len(progress.looks) == 3 * (1 + 2 + 3)  # at steps 4, 8 and 9
     assert bool(progress.ratios) == (arm == "budget")
     assert list((tmp_path / "logs").glob("task-0[123]/events*"))
     assert not list(tmp_path.glob("running*"))
