@@ -36,6 +36,7 @@ bench: $(READY)  ## make the tables of the docs anew (about three hours on two c
 	$(RUN) benchmarks/weight_drift.py
 	$(RUN) benchmarks/forgetting_digits.py --page docs/forgetting.md
 	$(RUN) -m lightning_peft.recipes.head_init --seeds 5 --page docs/head_init.md
+	$(RUN) -m lightning_peft.recipes.leaky_balloon --page docs/leaky_balloon.md
 	$(RUN) benchmarks/sentiment.py --tune
 	$(RUN) benchmarks/sentiment.py
 	$(RUN) benchmarks/sentiment.py --ablate --seeds 0
