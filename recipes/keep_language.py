@@ -1,0 +1,334 @@
+"""What the recipes ``keep_fluent`` and ``keep_safe`` share: a language model with LoRA, tuned under three kinds of protection."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+import torch.nn.functional as F  # noqa: N812 - the field's name for it
+from lightning.pytorch.loggers import TensorBoardLogger
+from torch import Tensor
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+from typing_extensions import override
+
+from lightning_peft import LoRA, LoRAMixin, parameter_groups
+from lightning_peft.callbacks import ForgettingBudget, ForgettingEvaluation, OldTask, ReplayMixing
+from lightning_peft.data.packaged import smollm2
+from lightning_peft.files import write_atomic, write_text
+from lightning_peft.reporting import TextTable, save_results
+
+Arm = Literal["none", "replay", "budget"]
+ARMS: dict[Arm, str] = {
+    "none": "nothing is done",
+    "replay": "a fixed share of old rows in the batches",
+    "budget": "the share is steered by what is lost on guard rows",
+}
+IGNORED = -100
+"""The label of tokens that do not count."""
+Row = dict[str, Any]
+Example = dict[str, list[int]]
+"""Token ids and labels of a text."""
+
+
+class LanguageNet(pl.LightningModule):
+    """A causal language model that is trained on ``input_ids`` and ``labels``.
+
+    Args:
+        backbone: A transformers model.
+        lr: Rate of what trains.
+    """
+
+    def __init__(self, backbone: Any, lr: float) -> None:
+        super().__init__()
+        self.backbone, self.lr = backbone, lr
+
+    @override
+    def forward(self, **tokens: Tensor) -> Any:
+        return self.backbone(**tokens, use_cache=False)
+
+    @override
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        logits = logits_of(self, batch)
+        loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten(), ignore_index=IGNORED)
+        self.log("learn/train_loss", loss, batch_size=len(logits))
+        return loss
+
+    @override
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(parameter_groups(self.backbone, lr=self.lr), weight_decay=0.0)
+
+
+class TunedLanguageNet(LoRAMixin, LanguageNet):
+    """The same with LoRA."""
+
+
+def logits_of(module: Any, batch: Mapping[str, Tensor]) -> Tensor:
+    """Return the logits of a batch, ``(rows, tokens, vocabulary)``."""
+    found: Tensor = module(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    return found
+
+
+def load(model: str | None) -> tuple[Any, Any]:
+    """Return a language model in ``float32`` and its tokenizer; unset, the packaged SmolLM2-135M-Instruct."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: PLC0415 - slow to import
+    from transformers.utils import logging  # noqa: PLC0415
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    path = model or smollm2()
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32), AutoTokenizer.from_pretrained(path)
+
+
+def collate(rows: Sequence[Example]) -> dict[str, Tensor]:
+    """Return a batch, padded on the right; what is padding is masked and has no label.
+
+    >>> collate([{"ids": [5, 6], "labels": [-100, 6]}, {"ids": [7], "labels": [7]}])["labels"].tolist()
+    [[-100, 6], [7, -100]]
+    """
+    longest = max(len(row["ids"]) for row in rows)
+
+    def padded(key: str, fill: int) -> Tensor:
+        return torch.tensor([row[key] + [fill] * (longest - len(row[key])) for row in rows])
+
+    counts = torch.tensor([[1] * len(row["ids"]) + [0] * (longest - len(row["ids"])) for row in rows])
+    return {"input_ids": padded("ids", 0), "attention_mask": counts, "labels": padded("labels", IGNORED)}
+
+
+# --- the experiment ---------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Keep:
+    """Options of both recipes; each documents them."""
+
+    model: str | None
+    arms: list[Arm]
+    seeds: int
+    steps: int
+    batch_size: int
+    lr: float
+    rank: int
+    ratio: float
+    max_drop: float
+    look_every: int
+    accelerator: str
+    out: str
+    page: str | None
+    resume: bool
+
+    def __post_init__(self) -> None:
+        """Check what can be known before anything is loaded.
+
+        Raises:
+            ValueError: For counts, rates and limits that are not positive, a share outside (0, 1), or an arm that is none.
+        """
+        names = ("seeds", "steps", "batch_size", "lr", "rank", "max_drop", "look_every")
+        if wrong := {name: getattr(self, name) for name in names if getattr(self, name) <= 0}:
+            raise ValueError(f"{self.name}: {wrong!r} must be above 0.")
+        if not 0 < self.ratio < 1:
+            raise ValueError(f"{self.name}: ratio={self.ratio!r} must lie inside (0, 1).")
+        if not self.arms or set(self.arms) - set(ARMS):
+            raise ValueError(f"{self.name}: arms={self.arms!r} must be among {', '.join(ARMS)}.")
+
+    @property
+    def name(self) -> str:
+        """Of the recipe."""
+        return "".join(f"_{letter.lower()}" if letter.isupper() else letter for letter in type(self).__name__)[1:]
+
+    def about(self) -> dict[str, Any]:
+        """Return what makes one run another."""
+        skipped = {"arms", "seeds", "accelerator", "out", "page", "resume"}
+        return {key: value for key, value in asdict(self).items() if key not in skipped}
+
+    def command(self) -> str:
+        """Return the command that makes the page again."""
+        words, usual = [f"lightning-peft {self.name}"], type(self)()  # type: ignore[call-arg]
+        for key, value in asdict(self).items():
+            if value != getattr(usual, key) and key not in {"out", "page", "resume", "accelerator"}:
+                words.append(f"--{key} {' '.join(map(str, value)) if isinstance(value, list) else value}")
+        return " ".join(words)
+
+
+@dataclass
+class Study:
+    """What is learned, what is kept, and what is reported.
+
+    Args:
+        train: New rows.
+        memory: Old rows to replay.
+        guards: What the budget looks at.
+        limits: What each guard may lose, in its unit.
+        reports: What is measured before and after, on other rows than the guards.
+    """
+
+    train: list[Example]
+    memory: list[Example]
+    guards: Mapping[str, OldTask]
+    limits: Mapping[str, float]
+    reports: Mapping[str, OldTask]
+
+
+class Ticks(pl.Callback):
+    """Move a bar with every step."""
+
+    def __init__(self, bar: tqdm[Any]) -> None:
+        self.bar = bar
+
+    @override
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.bar.update()
+
+
+def tune(
+    arm: Arm, seed: int, study: Study, options: Keep, load_model: Callable[[], Any], *callbacks: pl.Callback
+) -> Row:
+    """Tune a fresh model in one way; return what it knew before and knows after."""
+    pl.seed_everything(seed, verbose=False)
+    net = TunedLanguageNet(load_model(), options.lr, adapter=LoRA(rank=options.rank))
+    evaluation = ForgettingEvaluation(study.reports)
+    budget = ForgettingBudget(study.limits, tasks=study.guards, every_n_steps=options.look_every)
+    replay = [] if arm == "none" else [ReplayMixing(study.memory, options.ratio, seed=seed)]  # type: ignore[arg-type]
+    trainer = pl.Trainer(
+        accelerator=options.accelerator,
+        devices=1,
+        max_steps=options.steps,
+        max_epochs=-1,
+        callbacks=[evaluation, *replay, *([budget] if arm == "budget" else []), *callbacks],
+        logger=TensorBoardLogger(options.out, name="logs", version=f"{arm}-{seed}"),
+        log_every_n_steps=5,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(net, DataLoader(study.train, options.batch_size, shuffle=True, collate_fn=collate))  # type: ignore[arg-type]
+    steered = [float(entry["ratio"]) for entry in budget.history]
+    shares = steered if arm == "budget" else [0.0 if arm == "none" else options.ratio]
+    return {
+        "arm": arm,
+        "seed": seed,
+        **{f"{name} before": value for name, value in evaluation.before.items()},
+        **{f"{name} after": value for name, value in evaluation.after.items()},
+        **{f"{name} lost": value for name, value in evaluation.forgetting.items()},
+        "share of old rows": statistics.fmean(shares),
+    }
+
+
+def run_arms(options: Keep, study: Study, load_model: Callable[[], Any]) -> list[Row]:
+    """Run every arm and seed that is not finished; files are whole after each."""
+    out = Path(options.out)
+    rows = stored(out / "results.json", options)
+    jobs = [(arm, seed) for seed in range(options.seeds) for arm in options.arms]
+    missing = [job for job in jobs if f"{job[0]}, seed {job[1]}" not in rows]
+    with tqdm(total=len(missing) * options.steps, desc=options.name, unit="step") as bar:
+        for arm, seed in missing:
+            bar.set_postfix_str(f"{arm}, seed {seed}")
+            rows[f"{arm}, seed {seed}"] = tune(arm, seed, study, options, load_model, Ticks(bar))
+            save_results(out, rows, options.about())
+    return [rows[f"{arm}, seed {seed}"] for arm, seed in jobs]
+
+
+def stored(file: Path, options: Keep) -> dict[str, Row]:
+    """Return the finished rows of a run that is resumed.
+
+    Raises:
+        ValueError: If they come from a run with other options.
+    """
+    if not options.resume or not file.is_file():
+        return {}
+    found = json.loads(file.read_text(encoding="utf-8"))
+    if found["about"] != options.about():
+        raise ValueError(
+            f"{options.name}: {file} comes from {found['about']}, not {options.about()}; drop --resume or use --out."
+        )
+    rows: dict[str, Row] = found["arms"]
+    return rows
+
+
+# --- what is shown ----------------------------------------------------------------------------------------------------
+
+
+def spread(values: Sequence[float]) -> str:
+    """Return mean and standard error.
+
+    >>> spread([1.0, 3.0]), spread([0.5])
+    ('2.00 ± 1.00', '0.50')
+    """
+    error = f" ± {statistics.stdev(values) / len(values) ** 0.5:.2f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.2f}{error}"
+
+
+def table(rows: Sequence[Row], title: str) -> TextTable:
+    """Return a line for each arm: all that was measured, mean and standard error over seeds."""
+    keys = [key for key in rows[0] if key not in {"arm", "seed"}]
+    arms = list(dict.fromkeys(row["arm"] for row in rows))
+    lines = [[arm, *(spread([row[key] for row in rows if row["arm"] == arm]) for key in keys)] for arm in arms]
+    return TextTable(f"{title}, {len(rows) // len(arms)} seed(s), ± standard error", ("arm", *keys), lines)
+
+
+def draw(file: Path, rows: Sequence[Row], panels: Mapping[str, str], limits: Mapping[str, float]) -> None:
+    """Draw what each arm has lost: a panel for each measure, a dot for each seed, the limit as a line.
+
+    Args:
+        file: The PNG to write.
+        rows: Of all runs.
+        panels: Measures, and what they are called.
+        limits: What may be lost.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415 - slow to import, seldom needed
+    from matplotlib.figure import Figure  # noqa: PLC0415
+
+    figure = Figure(figsize=(4.4 * len(panels), 3.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    arms = list(dict.fromkeys(row["arm"] for row in rows))
+    for panel, (name, title) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+        for place, arm in enumerate(arms):
+            values = [row[f"{name} lost"] for row in rows if row["arm"] == arm]
+            panel.bar(place, statistics.fmean(values), 0.6, color=f"C{place}", alpha=0.5)
+            panel.scatter([place] * len(values), values, s=14, color=f"C{place}", zorder=3)
+        if name in limits:
+            panel.axhline(limits[name], color="k", ls="--", lw=1, label="limit")
+            panel.legend(frameon=False)
+        panel.axhline(0, color="0.5", lw=0.8)
+        panel.set_xticks(range(len(arms)), arms)
+        panel.set_title(title, fontsize=10)
+        panel.grid(alpha=0.3, axis="y")
+    write_atomic(file, lambda draft: figure.savefig(draft, dpi=110))
+
+
+def report(
+    options: Keep, rows: Sequence[Row], text: str, *, title: str, panels: Mapping[str, str], limits: Mapping[str, float]
+) -> None:
+    """Print the table, and write page and picture.
+
+    Args:
+        options: The recipe's.
+        rows: Of all runs.
+        text: The page, with PICTURE, TABLE, ARMS, LIMITS and COMMAND in capitals.
+        title: Of the table.
+        panels: Measures of the picture, and what they are called.
+        limits: What may be lost.
+    """
+    written = Path(options.page) if options.page else Path(options.out) / f"{options.name}.md"
+    draw(written.with_suffix(".png"), rows, panels, limits)
+    found = table(rows, title)
+    for word, value in {
+        "PICTURE": written.with_suffix(".png").name,
+        "TABLE": found.markdown(),
+        "ARMS": "\n".join(f"- `{arm}`: {ARMS[arm]}." for arm in options.arms),
+        "LIMITS": ", ".join(f"{value:.2f}" for value in limits.values()),
+        "COMMAND": options.command(),
+    }.items():
+        text = text.replace(word, value)
+    write_text(written, text)
+    found.show()
+    print(
+        f"Results   {options.out}/results.json, results.csv\nPage      {written}\nPicture   {written.with_suffix('.png')}\n"
+        f"Curves    tensorboard --logdir {options.out}/logs"
+    )
