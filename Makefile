@@ -29,7 +29,7 @@ check: $(READY)  ## lint, types, import direction
 	$(VENV)/bin/mypy
 	$(RUN) -m pytest -q tests/test_layout.py
 
-bench: $(READY)  ## make the tables of the docs anew (about three hours on two cores)
+bench: $(READY)  ## make the tables of the docs anew (about four hours on two cores)
 	$(RUN) benchmarks/adapter_step.py --page docs/adapter_step.md
 	$(PIP) install -q -c constraints.txt -e ".[bench]"
 	$(RUN) benchmarks/schedules.py
@@ -37,6 +37,9 @@ bench: $(READY)  ## make the tables of the docs anew (about three hours on two c
 	$(RUN) benchmarks/forgetting_digits.py --page docs/forgetting.md
 	$(RUN) -m lightning_peft.recipes.head_init --seeds 5 --page docs/head_init.md
 	$(RUN) -m lightning_peft.recipes.leaky_balloon --page docs/leaky_balloon.md
+	$(RUN) -m lightning_peft.recipes.keep_fluent --page docs/keep_fluent.md
+	$(RUN) -m lightning_peft.recipes.keep_safe --page docs/keep_safe.md
+	$(RUN) benchmarks/mixing.py
 	$(RUN) benchmarks/sentiment.py --tune
 	$(RUN) benchmarks/sentiment.py
 	$(RUN) benchmarks/sentiment.py --ablate --seeds 0
