@@ -30,6 +30,7 @@ from torchmetrics import MeanMetric
 
 from lightning_peft import LoRA, LoRAMixin, ReplayMixin, save_adapter
 from lightning_peft.callbacks import (
+    ForgettingBudget,
     ForgettingEvaluation,
     FreezeSchedule,
     GradientFlow,
@@ -358,6 +359,39 @@ def sharding_a_lora_with_fsdp2() -> Result:
     return {name: value.detach().clone().cpu() for name, value in state.items()}
 
 
+def measuring_sharded_weights() -> Result:
+    """FSDP2: old tasks, with the adapter on and off, by steps; and a budget that steers replay by them."""
+
+    class ShardedLoRA(LoRAToy):
+        def configure_model(self) -> None:
+            super().configure_model()
+            if world_size() > 1:
+                from torch.distributed.fsdp import fully_shard
+
+                fully_shard(self, mesh=self.device_mesh["data_parallel"])
+
+    def step(module, batch):
+        return module(batch[0]).sum(1)
+
+    def task(seed: int) -> OldTask:
+        data = DataLoader(rows(33, seed=seed, dtype=torch.float64), 4)
+        return OldTask(data, MeanMetric().set_dtype(torch.float64), step, higher_is_better=True)
+
+    strategy = ModelParallelStrategy(world_size(), 1) if dist.is_initialized() else "auto"
+    evaluation = ForgettingEvaluation({"mean": task(9)}, every_n_steps=2, adapter_off=True)
+    budget = ForgettingBudget(0.01, tasks={"mean": task(8)}, every_n_steps=2)
+    replay = ReplayMixing(rows(20, seed=4, dtype=torch.float64), 0.5)
+    trainer = fit(ShardedLoRA(), evaluation, budget, replay, strategy=strategy)
+    seen = {
+        f"{entry['step']} {kind}": entry[kind]["mean"]
+        for entry in evaluation.history
+        for kind in ("retained", "forgetting")
+    }
+    seen |= {f"{entry['step']} ratio": entry["ratio"] for entry in budget.history}
+    off = float(trainer.callback_metrics["retained/mean/adapter_off"])
+    return seen | {"off": round(off, 6), "before": evaluation.before["mean"]}  # the former is kept in single precision
+
+
 class DecayingToy(RankToy):
     """AdamW, whose decay is decoupled, on weights only."""
 
@@ -427,6 +461,7 @@ CASES: dict[str, Callable[[], Result]] = {
         replaying_fewer_rows_than_processes,
         everything_together,
         measuring_an_uneven_set,
+        measuring_sharded_weights,
         watching_gradients_and_drift,
         watching_sharded_weights_through_a_resume,
         drifted_replicas_are_noticed,
