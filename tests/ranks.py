@@ -375,7 +375,7 @@ def measuring_sharded_weights() -> Result:
 
     def task(seed: int) -> OldTask:
         data = DataLoader(rows(33, seed=seed, dtype=torch.float64), 4)
-        return OldTask(data, MeanMetric().set_dtype(torch.float64), step, higher_is_better=True)
+        return OldTask(data, MeanMetric(), step, higher_is_better=True)
 
     strategy = ModelParallelStrategy(world_size(), 1) if dist.is_initialized() else "auto"
     evaluation = ForgettingEvaluation({"mean": task(9)}, every_n_steps=2, adapter_off=True)
@@ -387,9 +387,9 @@ def measuring_sharded_weights() -> Result:
         for entry in evaluation.history
         for kind in ("retained", "forgetting")
     }
-    seen |= {f"{entry['step']} ratio": entry["ratio"] for entry in budget.history}
-    off = float(trainer.callback_metrics["retained/mean/adapter_off"])
-    return seen | {"off": round(off, 6), "before": evaluation.before["mean"]}  # the former is kept in single precision
+    seen["off"] = float(trainer.callback_metrics["retained/mean/adapter_off"])
+    seen = {name: round(value, 6) for name, value in seen.items()}  # the metric adds up in single precision
+    return seen | {f"{entry['step']} ratio": entry["ratio"] for entry in budget.history}
 
 
 class DecayingToy(RankToy):
