@@ -280,3 +280,37 @@ def test_rows_are_asked_for_together_where_a_dataset_can():
     assert [batch.tolist() for batch in loader] == [[4, 10, 0], [12, 11]]
     assert new.asked == ((4, 0), ())
     assert not hasattr(Both([1], [2]), "__getitems__")
+
+
+# --- batch normalisation ----------------------------------------------------------------------------------------------
+
+
+class WithNorm:
+    """Running statistics that are those of the last forward, over the rows' numbers."""
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self.norm = torch.nn.BatchNorm1d(4, momentum=1.0)
+        self.means: list[float] = []
+
+    def forward(self, x):
+        self.norm(x)
+        return super().forward(x)
+
+    def on_train_batch_end(self, *_):
+        self.means.append(float(self.norm.running_mean[0]))
+
+
+def test_mixed_in_old_and_new_rows_are_normalised_together_in_one_forward(fit):
+    net = type("Net", (WithNorm, Counting), {})(new=24, batch=6)
+    fit(net, ReplayMixing(memory(), 0.5))
+    assert int(net.norm.num_batches_tracked) == len(net.seen)
+    assert all(0 < sum(row >= OLD for row in step) < len(step) for step in net.seen)
+    assert net.means == pytest.approx([sum(step) / len(step) for step in net.seen], rel=1e-6)
+
+
+def test_beside_they_are_normalised_apart_first_the_new_and_then_the_old(fit):
+    net = type("Net", (WithNorm, Rehearsing), {})(new=24, batch=6)
+    fit(net, ReplayMixing(memory(), 0.5))
+    assert int(net.norm.num_batches_tracked) == 2 * len(net.seen)
+    assert net.means == pytest.approx([sum(rows) / len(rows) for _, rows in net.replayed], rel=1e-6)
