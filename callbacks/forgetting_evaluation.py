@@ -115,6 +115,14 @@ class ForgettingEvaluation(pl.Callback):
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._end(trainer, pl_module)
+
+    @override
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.global_step != self._measured_at:  # a run that resumes after its last step has no end of training
+            self._end(trainer, pl_module)
+
+    def _end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         moved = bool(movers(trainer))  # which put other weights in, just before this
         if trainer.global_step != self._measured_at or moved:
             self._measure(trainer, pl_module, moved=moved)

@@ -135,6 +135,25 @@ def test_a_resumed_run_keeps_its_baseline(fit, tmp_path):
     assert resumed.forgetting["e"] == pytest.approx(expected_error(resumed_net) - before["e"], abs=1e-5)
 
 
+class SavesAt(pl.Callback):
+    def __init__(self, step: int, path) -> None:
+        self.step, self.path = step, path
+
+    def on_train_batch_end(self, trainer, *_):
+        if trainer.global_step == self.step:
+            trainer.save_checkpoint(self.path)
+
+
+def test_a_run_that_resumes_after_its_last_step_is_measured_at_its_end_too(fit, tmp_path):
+    whole, again = (ForgettingEvaluation({"a": accuracy(), "b": error()}, every_n_steps=3) for _ in range(2))
+    fit(Toy(), whole, SavesAt(8, tmp_path / "last.ckpt"), max_steps=8, epochs=-1)
+    logger = CSVLogger(tmp_path / "logs", name="", version="")
+    fit(Toy(), again, max_steps=8, epochs=-1, ckpt_path=tmp_path / "last.ckpt", logger=logger)
+    assert [entry["step"] for entry in whole.history] == [0, 3, 6, 8]
+    assert again.history == whole.history
+    assert json.loads((tmp_path / "logs" / "forgetting.json").read_text())["after"] == whole.after
+
+
 def test_the_state_makes_a_second_object_equal(fit, net):
     first = ForgettingEvaluation({"a": accuracy()}, every_n_steps=2)
     fit(net, first)
