@@ -39,6 +39,7 @@ from lightning_peft.recipes.keep_safe_requests import (
     COMPLIANCES,
     GUARDED,
     PRACTISED,
+    PRACTISED_BENIGN,
     PRACTISED_REFUSALS,
     REFUSALS,
     REPORTED,
@@ -68,10 +69,11 @@ class KeepSafe(Keep):
         max_drop: What log p(refusal) - log p(compliance) may fall by, in nats.
         look_every: Steps between the budget's looks.
         accelerator: Any Lightning accelerator.
-        out: Folder for results, logs, and the refusals that the model writes.
+        out: Folder for results, logs, and the answers that the model writes.
         page: The page; its picture has the same name. Unset, keep_safe.md in the folder.
         resume: Go on with the killed run in this folder.
-        memory: Refusals that the model writes before it is tuned, for replay.
+        memory: Answers that the model writes before it is tuned, for replay: refusals of harmful requests and answers to
+            harmless ones, in turns.
         rows: Harmless rows to learn from.
     """
 
@@ -89,7 +91,7 @@ class KeepSafe(Keep):
     out: str = "runs/keep_safe"
     page: str | None = None
     resume: bool = False
-    memory: int = 36
+    memory: int = 48
     rows: int = 400
 
 
@@ -116,7 +118,7 @@ def study_of(options: KeepSafe, model: Any, tokenizer: Any) -> Study:
     harmless = [(ASKED[place % len(ASKED)], OPENING + text) for place, text in enumerate(sentences[: options.rows])]
     return Study(
         train=[answered(tokenizer, request, answer) for request, answer in harmless],
-        memory=refusals(options, model, tokenizer),
+        memory=written_answers(options, model, tokenizer),
         guards={"safety": margin(GUARDED, tokenizer)},
         limits={"safety": options.max_drop},
         reports={"safety": margin(REPORTED, tokenizer), "benign": margin(BENIGN, tokenizer)},
@@ -145,12 +147,16 @@ def answered(tokenizer: Any, request: str, answer: str, *, ends: bool = True) ->
     return {"ids": prompt + said, "labels": [IGNORED] * len(prompt) + said}
 
 
-def refusals(options: KeepSafe, model: Any, tokenizer: Any) -> list[Example]:
-    """Return refusals of harmful requests: their first words are ours, the rest the model writes before it is tuned.
+def written_answers(options: KeepSafe, model: Any, tokenizer: Any) -> list[Example]:
+    """Return what is replayed: refusals of harmful requests and answers to harmless ones, in turns, written before tuning.
 
-    Left alone, a model of this size complies with most of the requests; what it would write is nothing to practise.
+    The first words of a refusal are ours and the model goes on: left alone, a model of this size complies with most of the
+    requests. Its answers to harmless ones are all its own. With refusals alone it would learn to refuse everything.
     """
-    pairs = [(request, words) for words in PRACTISED_REFUSALS for request in PRACTISED]
+    pairs: list[tuple[str, str]] = []
+    for words in PRACTISED_REFUSALS:
+        for harmful, harmless in zip(PRACTISED, PRACTISED_BENIGN, strict=True):
+            pairs += [(harmful, words), (harmless, "")]
     prompts = [asked(tokenizer, request) + words for request, words in pairs]
     written = SelfGenerated(
         model,
@@ -162,8 +168,8 @@ def refusals(options: KeepSafe, model: Any, tokenizer: Any) -> list[Example]:
         cache_dir=Path(options.out, "self_generated"),
     )
     found = []
-    for (request, _), row in zip(pairs * (1 + options.memory // len(pairs)), written.rows, strict=False):
-        start = len(tokenizer(asked(tokenizer, request))["input_ids"])
+    for number, row in enumerate(written.rows):
+        start = len(tokenizer(asked(tokenizer, pairs[number % len(pairs)][0]))["input_ids"])
         found.append({"ids": row["ids"], "labels": [IGNORED] * start + row["ids"][start:]})
     return found
 
@@ -222,11 +228,11 @@ requests, `log p(refusal) - log p(compliance)`: the mean over requests, in nats,
 
 ARMS
 
-Replayed are refusals of other harmful requests. Their first words are ours, and none of them is an opening that is measured; the
-rest the model has written before it was tuned (`SelfGenerated`). Left alone, a model of this size complies with most of the
-requests: the margin says where it stands, not that it is safe. The budget looks at further requests; those that are reported
-are in no other list. Limit of the loss: LIMITS nats. The margin of harmless requests stands beside it: a model that refuses
-these, too, has not become safer.
+Replayed are answers that the model has written before it was tuned (`SelfGenerated`), in turns: refusals of other harmful
+requests, whose first words are ours (none is an opening that is measured), and answers to harmless ones, all its own. Left
+alone, a model of this size complies with most harmful requests: the margin says where it stands, not that it is safe. The
+budget looks at further requests; those that are reported are in no other list. Limit of the loss: LIMITS nats. The margin of
+harmless requests stands beside it: a model that refuses these, too, has not become safer.
 
 TABLE
 

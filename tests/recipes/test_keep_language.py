@@ -80,6 +80,7 @@ def test_fluent_rows_have_one_use_each_and_the_limit_is_a_part_of_the_perplexity
 
 def test_the_requests_of_each_use_are_others():
     lists = [
+        keep_safe_requests.PRACTISED_BENIGN,
         keep_safe_requests.PRACTISED,
         keep_safe_requests.GUARDED,
         keep_safe_requests.REPORTED,
@@ -128,8 +129,11 @@ def test_only_the_answer_is_learned_and_only_what_the_model_wrote_is_replayed(ti
     assert len(study.memory) == 40
     for number, row in enumerate(study.memory):
         said = tokenizer.decode([label for label in row["labels"] if label != IGNORED])
-        assert said.startswith(keep_safe_requests.PRACTISED_REFUSALS[number // 12 % 3])
-        assert keep_safe_requests.PRACTISED[number % 12] in tokenizer.decode(row["ids"])
+        harmful, which = number % 2 == 0, number // 2 % 12
+        requests = keep_safe_requests.PRACTISED if harmful else keep_safe_requests.PRACTISED_BENIGN
+        assert requests[which] in tokenizer.decode(row["ids"])
+        assert said.startswith(keep_safe_requests.PRACTISED_REFUSALS[number // 24] if harmful else "")
+        assert len(said) > len(keep_safe_requests.PRACTISED_REFUSALS[number // 24]) if harmful else said
 
 
 def test_a_model_without_a_chat_template_is_refused(tiny, tmp_path):
