@@ -85,12 +85,35 @@ def print_table(title: str, measures: Mapping[str, str], rows: Mapping[str, Row]
 def save_results(folder: Path, rows: Mapping[str, Row], about: Row) -> None:
     """Write ``results.json`` (``{"arms": {name: row}, "about": ...}``) and ``results.csv``, each in one step."""
     write_text(folder / "results.json", json.dumps({"arms": rows, "about": about}, indent=2))
-    keys = list(dict.fromkeys(key for row in rows.values() for key in row))
+    keys = dict.fromkeys(key for row in rows.values() for key in row if key != "arm")
     text = io.StringIO()
     writer = csv.DictWriter(text, ["arm", *keys])
     writer.writeheader()
-    writer.writerows({"arm": name, **row} for name, row in rows.items())
+    writer.writerows({**row, "arm": name} for name, row in rows.items())
     write_text(folder / "results.csv", text.getvalue())
+
+
+def finished_rows(folder: Path, about: Row, *, owner: str) -> dict[str, dict[str, Any]]:
+    """Return the rows that :func:`save_results` wrote of the same run, by name; none if there is no file.
+
+    Args:
+        folder: Where they are.
+        about: What the rows must be about.
+        owner: Who asks, for messages.
+
+    Raises:
+        ValueError: If they come from a run with other options.
+    """
+    file = folder / "results.json"
+    if not file.is_file():
+        return {}
+    found = json.loads(file.read_text(encoding="utf-8"))
+    if found["about"] != about:
+        raise ValueError(
+            f"{owner}: {file} comes from a run with {found['about']}, not {dict(about)}; drop --resume or use --out."
+        )
+    rows: dict[str, dict[str, Any]] = found["arms"]
+    return rows
 
 
 def plot_learned_forgotten(

@@ -33,7 +33,7 @@ from lightning_peft.recipes.continual_page import (
     page,
 )
 from lightning_peft.recipes.continual_sequence import ARMS, Arm, Plan, TaskSequence
-from lightning_peft.reporting import save_results
+from lightning_peft.reporting import finished_rows, save_results
 
 __all__ = ["Continual", "main", "run"]
 
@@ -121,7 +121,7 @@ def run(options: Continual) -> list[Row]:
     )
     skipped = {"arms", "seeds", "accelerator", "out", "page", "resume", "checkpoint_every"}
     about = {name: value for name, value in asdict(options).items() if name not in skipped}
-    found = stored(out / "results.json", about, resume=options.resume)
+    found = finished_rows(out, about, owner="continual") if options.resume else {}
     jobs = [(arm, seed) for seed in range(options.seeds) for arm in options.arms]
     missing = [job for job in jobs if name_of(*job) not in found]
     collate = collate_with(options.model)
@@ -217,21 +217,6 @@ def forget(folder: Path) -> None:
     """Remove what an earlier run has left, so that a new one does not go on with it."""
     for file in [folder / "state.pt", *folder.glob("running-*.ckpt")]:
         file.unlink(missing_ok=True)
-
-
-def stored(file: Path, about: dict[str, Any], *, resume: bool) -> dict[str, Row]:
-    """Return the finished rows of a run that is resumed.
-
-    Raises:
-        ValueError: If they come from a run with other options.
-    """
-    if not resume or not file.is_file():
-        return {}
-    found = json.loads(file.read_text(encoding="utf-8"))
-    if found["about"] != about:
-        raise ValueError(f"continual: {file} comes from {found['about']}, not {about}; drop --resume or use --out.")
-    rows: dict[str, Row] = found["arms"]
-    return rows
 
 
 def main(args: list[str] | None = None) -> None:

@@ -7,10 +7,8 @@ first (:meth:`~lightning_peft.callbacks.FreezeSchedule.head_first`).
 
 from __future__ import annotations
 
-import json
 import logging
 import warnings
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -22,7 +20,7 @@ from lightning_peft.recipes.head_init_minilm import train_head
 from lightning_peft.recipes.head_init_page import linear_table, minilm_table, page
 from lightning_peft.recipes.head_init_picture import draw
 from lightning_peft.recipes.head_init_texts import Setting, Texts
-from lightning_peft.reporting import save_results
+from lightning_peft.reporting import finished_rows, save_results
 
 __all__ = ["HeadInit", "main", "run"]
 
@@ -101,7 +99,7 @@ def run(options: HeadInit) -> dict[str, list[Row]]:
 def linear_rows(options: HeadInit, folder: Path) -> list[Row]:
     """Return the rows of the linear model, from an earlier run of the same problems if it is resumed."""
     about = {"noises": options.noises, "seeds": options.linear_seeds}
-    kept = stored_rows(folder / "results.json", about, resume=options.resume)
+    kept = finished_rows(folder, about, owner="head_init") if options.resume else {}
     if kept:
         return list(kept.values())
     rows: list[Row] = head_init_linear.compare_heads(options.noises, range(options.linear_seeds))
@@ -116,7 +114,7 @@ def minilm_rows(options: HeadInit, folder: Path) -> list[Row]:
     )
     about = {**asdict(setting), "steps": options.steps}
     del about["accelerator"]
-    rows = stored_rows(folder / "results.json", about, resume=options.resume)
+    rows = finished_rows(folder, about, owner="head_init") if options.resume else {}
     jobs = [(head, seed) for seed in range(options.seeds) for head in head_init_minilm.HEADS]
     missing = [job for job in jobs if name_of(*job, options.steps[-1]) not in rows]
     texts = Texts(setting)
@@ -131,23 +129,6 @@ def minilm_rows(options: HeadInit, folder: Path) -> list[Row]:
 def name_of(head: str, seed: int, step: Any) -> str:
     """Return what a row of MiniLM is called in the files."""
     return f"{head}, seed {seed}, step {step}"
-
-
-def stored_rows(file: Path, about: Mapping[str, Any], *, resume: bool) -> dict[str, Row]:
-    """Return the finished rows of a run that is resumed.
-
-    Raises:
-        ValueError: If they come from a run with other options.
-    """
-    if not resume or not file.is_file():
-        return {}
-    found = json.loads(file.read_text(encoding="utf-8"))
-    if found["about"] != about:
-        raise ValueError(
-            f"head_init: {file} comes from a run with {found['about']}, not {dict(about)}; drop --resume or use --out."
-        )
-    rows: dict[str, Row] = found["arms"]
-    return rows
 
 
 def main(args: list[str] | None = None) -> None:

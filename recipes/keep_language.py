@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -22,7 +21,7 @@ from lightning_peft import LoRA, LoRAMixin, parameter_groups
 from lightning_peft.callbacks import ForgettingBudget, ForgettingEvaluation, OldTask, ReplayMixing
 from lightning_peft.data.packaged import smollm2
 from lightning_peft.files import write_atomic, write_text
-from lightning_peft.reporting import TextTable, save_results
+from lightning_peft.reporting import TextTable, finished_rows, save_results
 
 Arm = Literal["none", "replay", "budget"]
 ARMS: dict[Arm, str] = {
@@ -223,7 +222,7 @@ def tune(
 def run_arms(options: Keep, study: Study, load_model: Callable[[], Any]) -> list[Row]:
     """Run every arm and seed that is not finished; files are whole after each."""
     out = Path(options.out)
-    rows = stored(out / "results.json", options)
+    rows = finished_rows(out, options.about(), owner=options.name) if options.resume else {}
     jobs = [(arm, seed) for seed in range(options.seeds) for arm in options.arms]
     missing = [job for job in jobs if f"{job[0]}, seed {job[1]}" not in rows]
     with tqdm(total=len(missing) * options.steps, desc=options.name, unit="step") as bar:
@@ -232,23 +231,6 @@ def run_arms(options: Keep, study: Study, load_model: Callable[[], Any]) -> list
             rows[f"{arm}, seed {seed}"] = tune(arm, seed, study, options, load_model, Ticks(bar))
             save_results(out, rows, options.about())
     return [rows[f"{arm}, seed {seed}"] for arm, seed in jobs]
-
-
-def stored(file: Path, options: Keep) -> dict[str, Row]:
-    """Return the finished rows of a run that is resumed.
-
-    Raises:
-        ValueError: If they come from a run with other options.
-    """
-    if not options.resume or not file.is_file():
-        return {}
-    found = json.loads(file.read_text(encoding="utf-8"))
-    if found["about"] != options.about():
-        raise ValueError(
-            f"{options.name}: {file} comes from {found['about']}, not {options.about()}; drop --resume or use --out."
-        )
-    rows: dict[str, Row] = found["arms"]
-    return rows
 
 
 # --- what is shown ----------------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from lightning_peft.reporting import format_value, plot_learned_forgotten, print_table, save_results
+from lightning_peft.reporting import finished_rows, format_value, plot_learned_forgotten, print_table, save_results
 
 ROWS = {
     "full": {"accuracy": 0.84213, "forgetting": 0.2, "code": 0.1, "seconds": 1834.2},
@@ -48,6 +48,21 @@ def test_a_table_has_a_line_per_measure_and_a_dash_where_a_value_is_missing(caps
 def test_json_gives_back_the_rows_and_what_they_are_about(tmp_path):
     save_results(tmp_path / "run", ROWS, {"seed": 3})
     assert json.loads((tmp_path / "run" / "results.json").read_text()) == {"arms": ROWS, "about": {"seed": 3}}
+
+
+def test_finished_rows_come_back_to_the_same_run_only(tmp_path):
+    assert finished_rows(tmp_path, {"seed": 3}, owner="recipe") == {}
+    save_results(tmp_path, ROWS, {"seed": 3})
+    assert finished_rows(tmp_path, {"seed": 3}, owner="recipe") == ROWS
+    with pytest.raises(
+        ValueError, match=r"recipe: .*results.json comes from a run with \{'seed': 3\}, not \{'seed': 4\}; drop"
+    ):
+        finished_rows(tmp_path, {"seed": 4}, owner="recipe")
+
+
+def test_a_row_that_says_its_arm_has_one_column_for_it(tmp_path):
+    save_results(tmp_path, {"none, seed 0": {"arm": "none", "seed": 0}}, {})
+    assert (tmp_path / "results.csv").read_text().splitlines() == ["arm,seed", '"none, seed 0",0']
 
 
 def test_csv_has_a_column_for_every_key_and_a_line_for_every_row(tmp_path):
