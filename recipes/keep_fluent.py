@@ -177,7 +177,8 @@ text with LoRA; general text is what it should not lose. Perplexities are over a
 ARMS
 
 What is replayed the model has written itself, before it was tuned (`SelfGenerated`, from twenty openings): nobody needs its
-training data. The budget looks at guard rows of general text; other rows are reported. Limit of the rise: LIMITS.
+training data. The budget looks at guard rows of general text; other rows are reported. Limit of the rise: LIMITS. Where the
+first line loses nothing there is nothing to protect: then the budget should cost nothing either.
 
 TABLE
 

@@ -27,7 +27,7 @@ Arm = Literal["none", "replay", "budget"]
 ARMS: dict[Arm, str] = {
     "none": "nothing is done",
     "replay": "a fixed share of old rows in the batches",
-    "budget": "the share is steered by what is lost on guard rows",
+    "budget": "the share is steered by what is lost on guard rows, and the latest state inside the limit is put back at the end",
 }
 IGNORED = -100
 """The label of tokens that do not count."""
@@ -192,7 +192,9 @@ def tune(
     pl.seed_everything(seed, verbose=False)
     net = TunedLanguageNet(load_model(), options.lr, adapter=LoRA(rank=options.rank))
     evaluation = ForgettingEvaluation(study.reports)
-    budget = ForgettingBudget(study.limits, tasks=study.guards, every_n_steps=options.look_every)
+    budget = ForgettingBudget(
+        study.limits, tasks=study.guards, action=["replay", "rollback"], every_n_steps=options.look_every
+    )
     replay = [] if arm == "none" else [ReplayMixing(study.memory, options.ratio, seed=seed)]  # type: ignore[arg-type]
     trainer = pl.Trainer(
         accelerator=options.accelerator,
