@@ -96,7 +96,8 @@ def _spread(values: Sequence[float]) -> str:
 
 
 def matrix_table(arm: str, matrix: Tensor, names: Sequence[str]) -> TextTable:
-    """Return an accuracy matrix: a line after each task, a column for each task tested."""
+    """Return an accuracy matrix: a line after each task, a column for each task tested; many names become numbers."""
+    names = names if sum(map(len, names)) <= 40 else [str(number + 1) for number in range(len(names))]
     labels = ["before", *(f"after {name}" for name in names)]
     rows = [[label, *(f"{value:.2f}" for value in line)] for label, line in zip(labels, matrix.tolist(), strict=True)]
     return TextTable(f"{arm}: accuracy, mean over seeds", ["", *names], rows)

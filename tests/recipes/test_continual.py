@@ -17,7 +17,7 @@ from torch import nn
 from lightning_peft import DistillMixin, LoRA, LoRAMixin
 from lightning_peft.recipes import continual as recipe
 from lightning_peft.recipes.continual_data import Task, read_tasks
-from lightning_peft.recipes.continual_page import measure_table, measures
+from lightning_peft.recipes.continual_page import matrix_table, measure_table, measures
 from lightning_peft.recipes.continual_sequence import Plan, Progress, TaskSequence
 
 CLASSES = 3
@@ -298,6 +298,12 @@ def test_the_table_has_a_line_for_each_metric_that_is_known():
     table = measure_table([row, {**row, "seed": 1, "average": 0.7}])
     assert table.columns == ["", "none"]
     assert table.rows == [["ACC", "0.600 ± 0.100"], ["stability gap", "-"]]
+
+
+def test_many_long_names_become_numbers_in_a_matrix():
+    matrix = torch.eye(3, dtype=torch.float64)[[0, 0, 1, 2]]
+    assert matrix_table("none", matrix, ["a", "b", "c"]).rows[1] == ["after a", "1.00", "0.00", "0.00"]
+    assert matrix_table("none", matrix, ["a long name " * 2] * 3).rows[3] == ["after 3", "0.00", "0.00", "1.00"]
 
 
 # --- the whole recipe -------------------------------------------------------------------------------------------------
