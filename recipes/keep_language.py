@@ -1,4 +1,4 @@
-"""What the recipes ``keep_fluent`` and ``keep_safe`` share: a language model with LoRA, tuned under three kinds of protection."""
+"""What the recipes ``keep_fluent`` and ``keep_safe`` share: a language model with LoRA, tuned under several kinds of protection."""
 
 from __future__ import annotations
 
@@ -17,17 +17,20 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from typing_extensions import override
 
-from lightning_peft import LoRA, LoRAMixin, parameter_groups
+from lightning_peft import DistillMixin, LoRA, LoRAMixin, parameter_groups
 from lightning_peft.callbacks import ForgettingBudget, ForgettingEvaluation, OldTask, ReplayMixing
 from lightning_peft.data.packaged import smollm2
 from lightning_peft.files import write_atomic, write_text
 from lightning_peft.reporting import TextTable, finished_rows, save_results
 
-Arm = Literal["none", "replay", "budget"]
+Arm = Literal["none", "replay", "distill", "budget"]
 ARMS: dict[Arm, str] = {
     "none": "nothing is done",
-    "replay": "a fixed share of old rows in the batches",
-    "budget": "the share is steered by what is lost on guard rows, and the latest state inside the limit is put back at the end",
+    "replay": "a fixed share of old rows in the batches, learned as text (`ReplayMixing`)",
+    "distill": "the same share of the same rows beside the batches; on them the model is held to what it said of every token "
+    "before it was tuned (`DistillMixin`)",
+    "budget": "as `distill`, but the share is steered by what is lost on guard rows, and the latest state inside the limits is put "
+    "back at the end (`ForgettingBudget`)",
 }
 IGNORED = -100
 """The label of tokens that do not count."""
@@ -66,6 +69,18 @@ class LanguageNet(pl.LightningModule):
 
 class TunedLanguageNet(LoRAMixin, LanguageNet):
     """The same with LoRA."""
+
+
+class HeldLanguageNet(LoRAMixin, DistillMixin, LanguageNet):
+    """With LoRA, and held on old rows to what the untuned model says of each token that has a label."""
+
+    def distill_outputs(self, batch: dict[str, Tensor]) -> Tensor:
+        """Return the logits of every token's successor."""
+        return logits_of(self, batch)[:, :-1]
+
+    def distill_mask(self, batch: dict[str, Tensor]) -> Tensor:
+        """Return which successors count."""
+        return batch["labels"][:, 1:] != IGNORED
 
 
 def logits_of(module: Any, batch: Mapping[str, Tensor]) -> Tensor:
@@ -190,7 +205,8 @@ def tune(
 ) -> Row:
     """Tune a fresh model in one way; return what it knew before and knows after."""
     pl.seed_everything(seed, verbose=False)
-    net = TunedLanguageNet(load_model(), options.lr, adapter=LoRA(rank=options.rank))
+    kind = HeldLanguageNet if arm in {"distill", "budget"} else TunedLanguageNet
+    net = kind(load_model(), options.lr, adapter=LoRA(rank=options.rank))
     evaluation = ForgettingEvaluation(study.reports)
     budget = ForgettingBudget(
         study.limits, tasks=study.guards, action=["replay", "rollback"], every_n_steps=options.look_every
@@ -209,15 +225,15 @@ def tune(
         enable_model_summary=False,
     )
     trainer.fit(net, DataLoader(study.train, options.batch_size, shuffle=True, collate_fn=collate))  # type: ignore[arg-type]
-    steered = [float(entry["ratio"]) for entry in budget.history]
-    shares = steered if arm == "budget" else [0.0 if arm == "none" else options.ratio]
+    put_back = budget.best if arm == "budget" else None
     return {
         "arm": arm,
         "seed": seed,
         **{f"{name} before": value for name, value in evaluation.before.items()},
         **{f"{name} after": value for name, value in evaluation.after.items()},
         **{f"{name} lost": value for name, value in evaluation.forgetting.items()},
-        "share of old rows": statistics.fmean(shares),
+        "share of old rows": replay[0].share if replay else 0.0,
+        "weights of step": float(put_back["step"] if put_back else trainer.global_step),
     }
 
 

