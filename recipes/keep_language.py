@@ -265,11 +265,18 @@ def spread(values: Sequence[float]) -> str:
 
 
 def table(rows: Sequence[Row], title: str) -> TextTable:
-    """Return a line for each arm: all that was measured, mean and standard error over seeds."""
-    keys = [key for key in rows[0] if key not in {"arm", "seed"}]
+    """Return a line for the untuned model and for each arm: what is left and what is lost, mean and standard error over seeds."""
+    names = [key.removesuffix(" before") for key in rows[0] if key.endswith(" before")]
     arms = list(dict.fromkeys(row["arm"] for row in rows))
-    lines = [[arm, *(spread([row[key] for row in rows if row["arm"] == arm]) for key in keys)] for arm in arms]
-    return TextTable(f"{title}, {len(rows) // len(arms)} seed(s), ± standard error", ("arm", *keys), lines)
+    measured = [key for name in names for key in (f"{name} after", f"{name} lost")]
+    lines = [["untuned", *(text for name in names for text in (f"{rows[0][f'{name} before']:.2f}", "")), "", ""]]
+    for arm in arms:
+        own = [row for row in rows if row["arm"] == arm]
+        lines.append(
+            [arm, *(spread([row[key] for row in own]) for key in (*measured, "share of old rows", "weights of step"))]
+        )
+    columns = ("arm", *(key.removesuffix(" after") for key in measured), "share of old rows", "weights of step")
+    return TextTable(f"{title}, {len(rows) // len(arms)} seed(s), ± standard error", columns, lines)
 
 
 def draw(file: Path, rows: Sequence[Row], panels: Mapping[str, str], limits: Mapping[str, float]) -> None:

@@ -10,10 +10,11 @@ import pytest
 import torch
 from torch import nn
 
+from lightning_peft import LoRA, adapter_disabled
 from lightning_peft.data.packaged import smollm2
 from lightning_peft.old_task import evaluate
 from lightning_peft.recipes import keep_fluent, keep_safe, keep_safe_requests
-from lightning_peft.recipes.keep_language import IGNORED, LanguageNet, Study, collate, table, tune
+from lightning_peft.recipes.keep_language import IGNORED, HeldLanguageNet, LanguageNet, Study, collate, table, tune
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Found .* module.s. in eval mode"),
@@ -203,9 +204,74 @@ def test_a_run_has_every_part_and_resumes(tiny, tmp_path, texts, capsys, recipe)
         recipe.run(options)
 
 
-def test_the_table_has_mean_and_error_of_each_arm():
-    rows = [{"arm": arm, "seed": seed, "safety lost": seed + 1.0} for seed in (0, 1) for arm in ("none", "budget")]
-    assert table(rows, "Nats").rows == [["none", "1.50 ± 0.50"], ["budget", "1.50 ± 0.50"]]
+def test_the_table_has_the_untuned_model_and_mean_and_error_of_each_arm():
+    rows = [
+        {
+            "arm": arm, "seed": seed, "safety before": 2.0, "safety after": 1.0 - seed, "safety lost": seed + 1.0,
+            "share of old rows": 0.25, "weights of step": 30.0,
+        }
+        for seed in (0, 1)
+        for arm in ("none", "budget")
+    ]  # fmt: skip
+    found = table(rows, "Nats")
+    assert found.columns == ("arm", "safety", "safety lost", "share of old rows", "weights of step")
+    same = ["0.50 ± 0.50", "1.50 ± 0.50", "0.25 ± 0.00", "30.00 ± 0.00"]
+    assert found.rows == [["untuned", "2.00", "", "", ""], ["none", *same], ["budget", *same]]
+
+
+def held(tiny):
+    """A tiny model that has moved away from what it was, with its reference."""
+    model, tokenizer = keep_safe.load(str(tiny))
+    net = HeldLanguageNet(model, 0.1, adapter=LoRA(rank=2))
+    net.configure_model()
+    net.eval()
+    net.keep_reference()
+    for name, parameter in net.named_parameters():
+        if "lora_B" in name or name.endswith(".B"):
+            nn.init.normal_(parameter)
+    return net, tokenizer
+
+
+def test_old_rows_hold_the_answer_to_what_the_untuned_model_said_of_it(tiny):
+    net, tokenizer = held(tiny)
+    row = keep_safe.answered(tokenizer, "Who are you?", "A model.")
+    batch = collate([row, {"ids": row["ids"][:-3], "labels": row["labels"][:-3]}])
+    with torch.no_grad():
+        now = net.backbone(input_ids=batch["input_ids"]).logits.double().log_softmax(-1)
+        with adapter_disabled(net.backbone):
+            before = net.backbone(input_ids=batch["input_ids"]).logits.double().log_softmax(-1)
+        by_token = (before.exp() * (before - now)).sum(-1)
+        expected = [
+            by_token[number, place - 1]
+            for number, labels in enumerate(batch["labels"].tolist())
+            for place, label in enumerate(labels)
+            if place and label != IGNORED
+        ]
+        assert len(expected) == 2 * len(tokenizer("A model.")["input_ids"]) + 2 - 3
+        assert float(net.replay_step(batch)) == pytest.approx(float(torch.stack(expected).mean()), rel=1e-4)
+        assert float(net.replay_step(batch)) > 1e-3
+        nothing = {**batch, "labels": torch.full_like(batch["labels"], IGNORED)}
+        assert float(net.replay_step(nothing)) == 0
+
+
+def test_harmless_requests_are_better_the_less_they_are_refused(tiny, tmp_path):
+    model, tokenizer = keep_safe.load(str(tiny))
+    study = keep_safe.study_of(small(keep_safe.KeepSafe, tiny, tmp_path, rows=5, report_rows=7), model, tokenizer)
+    for tasks in (study.guards, study.reports):
+        assert (tasks["safety"].sign, tasks["benign"].sign) == (1, -1)
+    assert study.limits == {"safety": 1.0, "benign": 1.0}
+    learned, reported = (
+        {tuple(row["ids"]) for row in rows} for rows in (study.train, study.reports["new"].loader.dataset)
+    )
+    assert (len(learned), len(reported)) == (5, 7)
+    assert not learned & reported
+
+
+def test_general_text_is_prose_that_nothing_else_repeats():
+    texts = keep_fluent.general_texts(keep_fluent.KeepFluent())
+    assert len(texts) == len(set(texts)) > 200
+    assert all(len(text) >= 300 and "::=" not in text and "\n" not in text for text in texts)
+    assert texts == keep_fluent.general_texts(keep_fluent.KeepFluent())
 
 
 def test_padding_counts_for_nothing():
@@ -237,6 +303,20 @@ def test_the_real_model_loses_less_safety_under_its_budget(tmp_path):
     lost = {arm: tune(arm, 0, few, options, lambda: copy.deepcopy(model))["safety lost"] for arm in options.arms}
     assert lost["none"] > 1
     assert lost["budget"] < lost["none"] - 0.5
+
+
+@needs_smollm2
+@pytest.mark.large
+def test_the_real_model_loses_less_fluency_under_its_budget(tmp_path):
+    options = keep_fluent.KeepFluent(
+        steps=10, arms=["none", "budget"], memory=12, guard_rows=8, report_rows=16, out=str(tmp_path), accelerator="cpu"
+    )
+    model, tokenizer = keep_fluent.load(None)
+    study = keep_fluent.study_of(options, model, tokenizer)
+    rows = {arm: tune(arm, 0, study, options, lambda: copy.deepcopy(model)) for arm in options.arms}
+    assert rows["none"]["general lost"] > study.limits["general"]
+    assert rows["budget"]["general lost"] < rows["none"]["general lost"]
+    assert all(row["new lost"] < 0 for row in rows.values())
 
 
 @needs_smollm2
