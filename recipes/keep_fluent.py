@@ -27,9 +27,9 @@ from lightning_peft.recipes.keep_language import (
     collate,
     load,
     logits_of,
-    report,
     run_arms,
 )
+from lightning_peft.recipes.keep_language_page import report
 
 __all__ = ["KeepFluent", "main", "run"]
 

@@ -32,9 +32,9 @@ from lightning_peft.recipes.keep_language import (
     collate,
     load,
     logits_of,
-    report,
     run_arms,
 )
+from lightning_peft.recipes.keep_language_page import report
 from lightning_peft.recipes.keep_safe_requests import (
     BENIGN,
     COMPLIANCES,

@@ -14,7 +14,8 @@ from lightning_peft import LoRA, adapter_disabled
 from lightning_peft.data.packaged import smollm2
 from lightning_peft.old_task import evaluate
 from lightning_peft.recipes import keep_fluent, keep_safe, keep_safe_requests
-from lightning_peft.recipes.keep_language import IGNORED, HeldLanguageNet, LanguageNet, Study, collate, table, tune
+from lightning_peft.recipes.keep_language import IGNORED, HeldLanguageNet, LanguageNet, Study, collate, tune
+from lightning_peft.recipes.keep_language_page import table
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Found .* module.s. in eval mode"),
