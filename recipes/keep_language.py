@@ -73,12 +73,9 @@ class HeldLanguageNet(LoRAMixin, DistillMixin, LanguageNet):
     """With LoRA, and held on old rows to what the untuned model says of each token that has a label."""
 
     def distill_outputs(self, batch: dict[str, Tensor]) -> Tensor:
-        """Return the logits of every token's successor."""
-        return logits_of(self, batch)[:, :-1]
-
-    def distill_mask(self, batch: dict[str, Tensor]) -> Tensor:
-        """Return which successors count."""
-        return batch["labels"][:, 1:] != IGNORED
+        """Return the logits that answer for the tokens with a label, ``(such tokens, vocabulary)``."""
+        # Chosen here and not by distill_mask: over a whole vocabulary, what is masked away costs as much as what counts.
+        return logits_of(self, batch)[:, :-1][batch["labels"][:, 1:] != IGNORED]
 
 
 def logits_of(module: Any, batch: Mapping[str, Tensor]) -> Tensor:
