@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 from torchmetrics import MeanMetric
@@ -225,14 +226,14 @@ def margins(module: Any, batch: dict[str, Tensor]) -> Tensor:
 def log_probabilities(logits: Tensor, labels: Tensor) -> Tensor:
     """Return the log probability of the labelled tokens of each row, ``(rows,)``.
 
-    >>> import torch
     >>> logits = torch.tensor([[[0.0, 0.0], [0.0, 0.0], [5.0, 0.0]]])
     >>> round(float(log_probabilities(logits, torch.tensor([[-100, 1, 0]]))), 3) == round(2 * float(torch.tensor(0.5).log()), 3)
     True
     """
     wanted = labels[:, 1:]
-    found = logits[:, :-1].log_softmax(-1).gather(-1, wanted.clamp(min=0).unsqueeze(-1)).squeeze(-1)
-    return found.masked_fill(wanted == IGNORED, 0).sum(1)
+    counts = wanted != IGNORED  # first: the softmax of a whole vocabulary is dear
+    found = logits[:, :-1][counts].log_softmax(-1).gather(-1, wanted[counts].unsqueeze(-1)).squeeze(-1)
+    return torch.zeros(wanted.shape, dtype=found.dtype, device=found.device).masked_scatter(counts, found).sum(1)
 
 
 PAGE = """# Keep safe
