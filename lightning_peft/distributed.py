@@ -37,6 +37,26 @@ def mean_over_ranks(value: float) -> float:
     return sum(values) / len(values)
 
 
+# A compiled step would stop where a tensor becomes a number.
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def weight_by_units(weight: float, units: Tensor | float, device: torch.device) -> float:
+    """Return this rank's weight of a mean over its units (tokens, say), so that the mean over ranks is that over all units.
+
+    Args:
+        weight: What the rank's loss counts; the mean over ranks is what all units together count. Where it is 0, the rank's
+            units are none.
+        units: The rank's.
+        device: Where ranks talk.
+    """
+    if world_size() == 1:
+        return weight
+    own = float(units) if weight > 0 else 0.0
+    total = torch.tensor([weight, own], dtype=torch.float64, device=device)
+    dist.all_reduce(total)
+    weights, everybody = total.tolist()
+    return float(weights * own / everybody) if everybody > 0 else 0.0
+
+
 def any_rank(decision: bool) -> bool:
     """Return whether a decision is true on any rank, the same on each of them."""
     return any(gather_objects(decision))

@@ -77,6 +77,10 @@ class HeldLanguageNet(LoRAMixin, DistillMixin, LanguageNet):
         # Chosen here and not by distill_mask: over a whole vocabulary, what is masked away costs as much as what counts.
         return logits_of(self, batch)[:, :-1][batch["labels"][:, 1:] != IGNORED]
 
+    def replay_units(self, batch: dict[str, Tensor]) -> Tensor:
+        """Return how many tokens have a label."""
+        return (batch["labels"][:, 1:] != IGNORED).sum()
+
 
 def logits_of(module: Any, batch: Mapping[str, Tensor]) -> Tensor:
     """Return the logits of a batch, ``(rows, tokens, vocabulary)``."""

@@ -28,7 +28,7 @@ from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.utils.data import DataLoader, DistributedSampler
 from torchmetrics import MeanMetric
 
-from lightning_peft import LoRA, LoRAMixin, ReplayMixin, save_adapter
+from lightning_peft import DistillMixin, LoRA, LoRAMixin, ReplayMixin, save_adapter
 from lightning_peft.callbacks import (
     ForgettingBudget,
     ForgettingEvaluation,
@@ -263,6 +263,26 @@ class ReplayTailed(ReplayToy):
         return F.cross_entropy(self(x), y)
 
 
+class DistillToy(DistillMixin, RankToy):
+    """Held on tokens, of which each row has another number; a third of the rows has none."""
+
+    def distill_outputs(self, batch):
+        return self(batch[0]).unsqueeze(1).expand(-1, 4, -1) * torch.arange(1, 5, dtype=torch.float64).view(1, 4, 1)
+
+    def distill_mask(self, batch):
+        return torch.arange(4) < (batch[0][:, :1] * 10).long().remainder(6) - 1
+
+
+def holding_tokens() -> Result:
+    memory = rows(30, seed=7, dtype=torch.float64)
+    return trained(DistillToy(), ReplayMixing(memory, ratio=0.25, weight=0.5, seed=3), epochs=3)
+
+
+def holding_fewer_rows_than_processes() -> Result:
+    memory = rows(30, seed=7, dtype=torch.float64)
+    return trained(DistillToy(), ReplayMixing(memory, ratio=0.05, weight=0.5, seed=3), epochs=3)
+
+
 def everything_together() -> Result:
     class Suite(ReplayMixin, LoRAToy):
         replay_step = ReplayToy.replay_step
@@ -459,6 +479,8 @@ CASES: dict[str, Callable[[], Result]] = {
         mixing_old_rows_in,
         replaying_beside,
         replaying_fewer_rows_than_processes,
+        holding_tokens,
+        holding_fewer_rows_than_processes,
         everything_together,
         measuring_an_uneven_set,
         measuring_sharded_weights,

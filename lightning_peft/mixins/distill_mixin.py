@@ -33,8 +33,7 @@ class DistillMixin(ReplayMixin):
     module as the fit found it, adapters on, and the copy holds the adapter too.
 
     ``distill_mask(self, batch)``, if there is one, says which rows or tokens count (``attention_mask``, say), and the mean is over
-    these, within each process; the processes weigh by their rows. ``distill_targets(self, batch)`` returns the classes that
-    ``exclude_target`` leaves out.
+    these, of all processes. ``distill_targets(self, batch)`` returns the classes that ``exclude_target`` leaves out.
 
     Li & Hoiem 2017, arXiv:1606.09282 (LwF); Hinton et al. 2015, arXiv:1503.02531.
 
@@ -79,6 +78,12 @@ class DistillMixin(ReplayMixin):
             return mse_to_reference(outputs, reference, mask=mask)
         excluded = self._asked("distill_targets", batch) if self.exclude_target else None
         return kl_to_reference(outputs, reference, temperature=self.distill_temperature, mask=mask, excluded=excluded)
+
+    @override
+    def replay_units(self, batch: Any) -> Tensor | float | None:
+        """Return how much of a batch ``distill_mask`` lets count."""
+        mask = self._asked("distill_mask", batch)
+        return super().replay_units(batch) if mask is None else mask.sum()
 
     # A compiled step would take the exchange of values for a change in place.
     @torch.compiler.disable  # type: ignore[untyped-decorator]

@@ -10,6 +10,7 @@ import lightning.pytorch as pl
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_peft.distributed import weight_by_units
 from lightning_peft.mixins.order import refuse_order
 
 
@@ -23,6 +24,9 @@ class ReplayMixin(pl.LightningModule):
 
     ``replay_step`` may communicate: every rank calls it in the same steps. A rank that has no row of its own in a step
     gets one that counts with weight 0.
+
+    Over several processes the losses count by rows. Where ``replay_step`` is a mean over something else, tokens say, define
+    ``replay_units(self, batch)``, which returns how many a batch has: then two processes equal one on the joint batch.
     """
 
     replay: tuple[Any, float, float] | None = None
@@ -43,6 +47,10 @@ class ReplayMixin(pl.LightningModule):
         def replay_step(self, batch: Any) -> Tensor:
             """Return the mean loss over a batch of old rows; yours to define."""
 
+    def replay_units(self, batch: Any) -> Tensor | float | None:
+        """Return how many of what ``replay_step`` is the mean over a batch has; None: rows."""
+        return None
+
     @override
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         step = super().training_step
@@ -53,6 +61,8 @@ class ReplayMixin(pl.LightningModule):
             return output
         batch, old, new = replay
         loss = self.replay_step(batch)
+        if (units := self.replay_units(batch)) is not None:
+            old = weight_by_units(old, units, loss.device)
         whole = output["loss"] if isinstance(output, Mapping) else output
         self.new_loss, self.replay_loss = whole.detach(), loss.detach()
         joined = (whole if new == 1 else new * whole) + old * loss
