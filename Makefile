@@ -5,6 +5,8 @@ PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= $(shell grep '^torch==' constraints.txt)
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
+# A test that hangs says where, and ends the run, rather than to wait for ever.
+PYTEST := -m pytest -q -o faulthandler_timeout=1200 -o faulthandler_exit_on_timeout=true
 RUN := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(VENV)/bin/python
 READY := $(VENV)/.ready
 OLDEST := .venv-oldest
@@ -18,10 +20,10 @@ demo: $(READY)  ## run the main job: three arms, a table, a picture, TensorBoard
 	$(RUN) -m lightning_peft.recipes.sentiment
 
 test: $(READY)  ## run the tests
-	$(RUN) -m pytest -q
+	$(RUN) $(PYTEST)
 
 test-all: $(READY)  ## run the large matrices, which make test leaves out
-	$(RUN) -m pytest -q -m large
+	$(RUN) $(PYTEST) -m large
 
 check: $(READY)  ## lint, types, import direction
 	$(VENV)/bin/ruff check .

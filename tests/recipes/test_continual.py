@@ -205,10 +205,13 @@ def left_by(folder: Path) -> tuple[dict, dict]:
 
 def kill_at_random(folder: Path, arm: str, kills: int) -> list[int]:
     """Kill a sequence from outside, again and again, then let it end; return how many tasks were finished at each kill."""
-    draw, fork, finished = random.Random(1), multiprocessing.get_context("fork"), []
+    # Not forked from here: torch may have threads by now, and a fork of such a process waits for them for ever.
+    fresh = multiprocessing.get_context("forkserver")
+    fresh.set_forkserver_preload([__name__])
+    draw, finished = random.Random(1), []
     for _ in range(kills):
-        steps = fork.Value("q", 0)
-        run = fork.Process(target=learn, args=(folder, arm, steps))
+        steps = fresh.Value("q", 0)
+        run = fresh.Process(target=learn, args=(folder, arm, steps))
         run.start()
         first, wanted = None, draw.randrange(1, 4)
         while run.is_alive() and (first is None or steps.value < first + wanted):
@@ -219,7 +222,7 @@ def kill_at_random(folder: Path, arm: str, kills: int) -> list[int]:
         os.kill(run.pid, signal.SIGKILL)
         run.join()
         finished.append(len(left_by(folder)[0]["guards"]) if (folder / "state.pt").is_file() else 0)
-    run = fork.Process(target=learn, args=(folder, arm))
+    run = fresh.Process(target=learn, args=(folder, arm))
     run.start()
     run.join()
     assert run.exitcode == 0
