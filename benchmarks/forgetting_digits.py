@@ -29,13 +29,14 @@ from forgetting_tables import page
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Subset, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
 from tqdm import tqdm
 
-from lightning_peft import LoRA, add_adapter
-from lightning_peft.callbacks import EWC, ForgettingBudget, GradientProjection, OldTask, ReplayMixing
+from lightning_peft import DERMixin, DistillMixin, LoRA, add_adapter
+from lightning_peft.callbacks import EWC, DecayToPretrained, ForgettingBudget, GradientProjection, OldTask, ReplayMixing
 from lightning_peft.files import write_text
+from lightning_peft.mixins.der_mixin import store_logits
 
 SCENARIOS = ("classes", "turned")
 BATCH, BEFORE, AFTER = 64, 600, 300
@@ -124,11 +125,36 @@ def accuracy(net: Digits, rows: Any) -> float:
     return 100 * float((net.eval()(x).argmax(1) == y).float().mean())
 
 
+class DERDigits(DERMixin, Digits):
+    """The network, held to what it said of old rows."""
+
+    def distill_outputs(self, batch: Any) -> Tensor:
+        """Return logits."""
+        return self(batch[0])
+
+
+class HeldDigits(DistillMixin, Digits):
+    """The network, held at temperature 2 to what it says of rows as it is when training begins."""
+
+    distill_temperature = 2.0
+    classes = 10
+
+    def distill_outputs(self, batch: Any) -> Tensor:
+        """Return logits of the classes that are held."""
+        return self(batch[0])[:, : self.classes]
+
+
 def few(rows: TensorDataset, per_class: int = 10) -> TensorDataset:
     """Return the first rows of each class."""
     x, y = rows.tensors
     chosen = torch.cat([(y == label).nonzero()[:per_class, 0] for label in y.unique()])
     return TensorDataset(x[chosen], y[chosen])
+
+
+def drawn(rows: TensorDataset) -> Subset[Any]:
+    """Return rows drawn with replacement, as the protocol does, enough for all steps."""
+    chosen = torch.randint(len(rows), (BATCH * AFTER,), generator=torch.Generator().manual_seed(0))
+    return Subset(rows, chosen.tolist())
 
 
 @dataclass
@@ -137,7 +163,14 @@ class Case:
 
     net: Digits
     old: TensorDataset
+    new: TensorDataset
     guard: OldTask
+
+    def becomes(self, net: Digits) -> Digits:
+        """Go on with another kind of network, of the same weights."""
+        net.load_state_dict(self.net.state_dict())
+        self.net = net
+        return net
 
 
 Arm = Callable[[Case], list[pl.Callback]]
@@ -173,6 +206,25 @@ def lora(then: Arm = nothing) -> Arm:
     return arm
 
 
+def der(case: Case) -> list[pl.Callback]:
+    """Rehearse 3.2 rows of the memory beside each batch, with labels and stored logits."""
+    memory = store_logits(few(case.old), case.becomes(DERDigits()), batch_size=256)
+    return [ReplayMixing(memory.loader(), 1 / 21)]
+
+
+def lwf(case: Case) -> list[pl.Callback]:
+    """Hold the old classes to what they were on as many new rows, beside those that are learned."""
+    net = case.becomes(HeldDigits())
+    net.classes = int(case.old.tensors[1].max()) + 1
+    return [ReplayMixing(case.new, 0.5)]
+
+
+def held(case: Case) -> list[pl.Callback]:
+    """Hold all classes to what they were on as many old rows, whose labels are not used."""
+    case.becomes(HeldDigits())
+    return [ReplayMixing(case.old, 0.5)]
+
+
 def budget(case: Case) -> list[pl.Callback]:
     """Let a budget of 5 points steer the share of old rows."""
     return [ReplayMixing(case.old, 0.5), ForgettingBudget(0.05, tasks={"old": case.guard})]
@@ -189,7 +241,13 @@ ARMS: dict[str, Arm] = {
     "EWC 1e4": lambda case: [EWC(case.old, outputs_of, 1e4)],
     "LoRA r4": lora(),
     "LoRA r4 + replay 5 %": lora(replay(0.05)),
-    "A-GEM, 10 per class": lambda case: [GradientProjection(few(case.old), loss_of, batch_size=64)],
+    "LwF 1 (KL on new rows)": lwf,
+    "DER++ 5 %, 10 per class": der,
+    "A-GEM, 10 per class": lambda case: [GradientProjection(drawn(few(case.old)), loss_of, batch_size=64)],
+    "A-GEM, all 50 rows each step": lambda case: [GradientProjection(few(case.old), loss_of, batch_size=50)],
+    "KL on old rows, no labels": held,
+    "decay to pretrained 1": lambda _: [DecayToPretrained(1.0)],
+    "decay to pretrained 10": lambda _: [DecayToPretrained(10.0)],
 }
 FIXED = (0.1, 0.2, 0.3, 0.4, 0.5)
 BUDGET: dict[str, Arm] = {**{f"fixed {ratio:.0%}": replay(ratio) for ratio in FIXED}, "ForgettingBudget(0.05)": budget}
@@ -204,7 +262,9 @@ def run(name: str, arm: Arm, scenario: str, seed: int) -> dict[str, Any]:
     rows = {"old": old_test, "new": new_test, "report": report.loader.dataset}
     before = {key: accuracy(net, value) for key, value in rows.items()}
     net.train()
-    callbacks = arm(Case(net, old, guard))
+    case = Case(net, old, new, guard)
+    callbacks = arm(case)
+    net = case.net
     fit(net, new, AFTER, seed + 1000, *callbacks)
     after = {key: accuracy(net, value) for key, value in rows.items()}
     mixing = next((one for one in callbacks if isinstance(one, ReplayMixing)), None)
