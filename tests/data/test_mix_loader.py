@@ -86,12 +86,21 @@ def double(rows: list[int]) -> torch.Tensor:
 
 def test_everything_else_is_as_in_the_loader_it_replaces():
     loader = DataLoader(
-        NEW, 8, True, collate_fn=double, num_workers=2, timeout=7, prefetch_factor=3, persistent_workers=True
+        NEW,
+        8,
+        True,
+        collate_fn=double,
+        num_workers=2,
+        timeout=7,
+        prefetch_factor=3,
+        persistent_workers=True,
+        pin_memory=True,
     )
     ours = MixLoader(loader, OLD, plan())
     assert carried_options(ours) == carried_options(loader)
     assert (ours.collate_fn, ours.num_workers, ours.timeout, ours.prefetch_factor) == (double, 2, 7, 3)
     assert ours.persistent_workers
+    assert ours.pin_memory
     assert ours.batch_size == 8
 
 
