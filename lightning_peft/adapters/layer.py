@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_peft.adapters.quantised import is_quantised
-from lightning_peft.adapters.updates import ATTRIBUTE, Updates
+from lightning_peft.adapters.updates import ATTRIBUTE, Updates, held
 
 
 def is_merged(network: nn.Module) -> bool:
@@ -43,7 +43,7 @@ class AdaptedLayer(nn.Module):
 
     @override
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Any:
-        updates = self.adapters
+        updates: Updates = held(self, ATTRIBUTE)
         if updates.by_row is not None and updates.enabled:
             return self._by_row(input, updates.by_row)
         update = updates.current

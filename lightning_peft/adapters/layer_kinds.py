@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_peft.adapters.layer import AdaptedLayer
+from lightning_peft.adapters.updates import held
 
 
 class AdaptedLinear(AdaptedLayer):
@@ -25,7 +26,8 @@ class AdaptedLinear(AdaptedLayer):
 
     def matrix(self) -> Tensor:
         """Return the weight as ``(out, in)``."""
-        return self.weight
+        weight: Tensor = held(self, "weight")
+        return weight
 
     def oriented(self, matrix: Tensor) -> Tensor:
         """Return a matrix ``(out, in)`` in the layout of the weight."""

@@ -20,7 +20,7 @@ from lightning_peft.adapters.layer_kinds import (
     row_norms,
 )
 from lightning_peft.adapters.low_rank import low_rank_linear
-from lightning_peft.adapters.updates import Update, master_dtype
+from lightning_peft.adapters.updates import Update, held, master_dtype
 
 
 class LoRAUpdate(Update):
@@ -66,13 +66,14 @@ class LoRAUpdate(Update):
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """Return two matrices ``(k, in)`` and ``(out, k)`` whose product is the unscaled update."""
-        a: Tensor = self.lora_A
-        b: Tensor = self.lora_B
+        a: Tensor = held(self, "lora_A")
+        b: Tensor = held(self, "lora_B")
+        start: Tensor | None = held(self, "start_A")
         if a.ndim > 2:  # of a convolution
             a, b = a.flatten(1), b.flatten(1)
-        if self.start_A is None or self.start_B is None:
+        if start is None or self.start_B is None:
             return a, b
-        return torch.cat([a - self.start_A, self.start_A]), torch.cat([b, b - self.start_B], 1)
+        return torch.cat([a - start, start]), torch.cat([b, b - self.start_B], 1)
 
     def gain(self, layer: Any) -> Tensor | None:
         """Return ``m / ||W + scale B A|| - 1`` for every output channel, None without DoRA.
@@ -80,9 +81,8 @@ class LoRAUpdate(Update):
         The norm is a constant to the gradient (Liu et al. 2024, arXiv:2402.09353, section 4.3). It is not taken of the sum, which
         would have to be built: ``||W||^2 + 2 s (W A^T) . B + s^2 (B A A^T) . B``, row by row, reads ``W`` once.
         """
-        if self.lora_magnitude_vector is None:
-            return None
-        return self.lora_magnitude_vector / self.norms(layer) - 1
+        magnitude: Tensor | None = held(self, "lora_magnitude_vector")
+        return None if magnitude is None else magnitude / self.norms(layer) - 1
 
     @torch.no_grad()
     def norms(self, layer: Any) -> Tensor:
@@ -139,7 +139,7 @@ class LinearLoRA(LoRAUpdate):
         a, b = self.factors()
         dropout = self.dropout if self.training else 0.0
         return low_rank_linear(
-            input, layer.matrix(), layer.bias, a, b, scale=self.scale, dropout=dropout, gain=self.gain(layer)
+            input, layer.matrix(), held(layer, "bias"), a, b, scale=self.scale, dropout=dropout, gain=self.gain(layer)
         )
 
     @override

@@ -9,7 +9,6 @@ a byte per entry on CPUs.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -57,9 +56,13 @@ def low_rank_linear(
     )
     if plain:
         return _plain(input, weight, bias, down, up, scale=scale, dropout=dropout, gain=gain)
-    dtype = torch.get_autocast_dtype(kind) if autocast else input.dtype
-    with torch.autocast(kind, enabled=False) if autocast else nullcontext():
-        result: Tensor = _LowRankLinear.apply(input, weight, bias, down, up, gain, scale, dropout, dtype)  # type: ignore[no-untyped-call]
+    result: Tensor
+    if not autocast:
+        result = _LowRankLinear.apply(input, weight, bias, down, up, gain, scale, dropout, input.dtype)  # type: ignore[no-untyped-call]
+        return result
+    dtype = torch.get_autocast_dtype(kind)
+    with torch.autocast(kind, enabled=False):
+        result = _LowRankLinear.apply(input, weight, bias, down, up, gain, scale, dropout, dtype)  # type: ignore[no-untyped-call]
     return result
 
 
@@ -88,7 +91,7 @@ def gemm_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
 
     There a product of bfloat16 matrices is many times slower than a cast and a product in float32.
     """
-    if device.type != "cpu" or dtype not in (torch.bfloat16, torch.float16):
+    if dtype not in (torch.bfloat16, torch.float16) or device.type != "cpu":
         return dtype
     known = (
         torch.ops.mkldnn._is_mkldnn_bf16_supported

@@ -15,6 +15,19 @@ ATTRIBUTE = "adapters"
 """Under this name a module holds its :class:`Updates`; it is part of the keys of what an adapter adds."""
 
 
+def held(module: nn.Module, name: str) -> Any:
+    """Return ``module.name``, a parameter, buffer or submodule, without the microsecond that ``nn.Module`` takes to find it.
+
+    >>> linear = nn.Linear(2, 2)
+    >>> held(linear, "weight") is linear.weight
+    True
+    """
+    for found in (module._parameters, module._modules, module._buffers):
+        if name in found and name not in module.__dict__:
+            return found[name]
+    return getattr(module, name)
+
+
 def master_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return the dtype of adapter weights on a base of ``dtype``: float32 on a half-precision base, else the same."""
     return dtype if dtype in (torch.float32, torch.float64) else torch.float32
