@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from lightning_peft.adapters import low_rank
-from lightning_peft.adapters.low_rank import _drawn_again, low_rank_linear
+from lightning_peft.adapters.low_rank import HALF_PAYS, _drawn_again, gemm_dtype, low_rank_linear
 
 
 @pytest.fixture(autouse=True, params=[True, False], ids=["merged", "beside"])
@@ -148,6 +148,18 @@ def test_halves_are_right_with_units_for_them_and_without(dtype, narrow, monkeyp
     for ours, reference in zip(inputs, exact, strict=True):
         assert ours.grad.dtype == ours.dtype
         assert F.cosine_similarity(ours.grad.double().flatten(), reference.grad.flatten(), dim=0) > 0.998
+
+
+@pytest.mark.parametrize("units", [True, False])
+def test_halves_multiply_on_a_cpu_that_has_units_for_them_where_there_is_enough_to_do(units, monkeypatch):
+    for name in ("_is_mkldnn_bf16_supported", "_is_mkldnn_fp16_supported"):
+        monkeypatch.setattr(torch.ops.mkldnn, name, lambda: units)
+    few, many = torch.empty(64, 128), torch.empty(HALF_PAYS // 128, 128)
+    for dtype in (torch.bfloat16, torch.float16):
+        assert gemm_dtype(few, dtype) == torch.float32
+        assert gemm_dtype(many, dtype) == (dtype if units else torch.float32)
+        assert gemm_dtype(torch.empty(64, 128, device="meta"), dtype) == dtype  # of another device nothing is known
+    assert gemm_dtype(many, torch.float64) == torch.float64
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
