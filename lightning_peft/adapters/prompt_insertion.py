@@ -40,8 +40,8 @@ def insert(entries: Tensor, block: Tensor, start: Start) -> Tensor:
     >>> insert(torch.tensor([[1, 2, 3], [4, 5, 6]]), torch.tensor([[0, 0], [0, 0]]), torch.tensor([0, 2])).tolist()
     [[0, 0, 1, 2, 3], [4, 5, 0, 0, 6]]
     """
-    if isinstance(start, int):
-        return torch.cat([entries[:, :start], block, entries[:, start:]], 1)
+    if isinstance(start, int):  # an empty slice would cost a tensor of zeros in the backward pass
+        return torch.cat([entries[:, :start], block, entries[:, start:]] if start else [block, entries], 1)
     count, length = block.shape[1], entries.shape[1]
     at, start = torch.arange(count + length, device=entries.device)[None], start[:, None]
     source = torch.where(at < start, at + count, torch.where(at < start + count, at - start, at))
@@ -55,7 +55,8 @@ def strip(entries: Tensor, count: int, start: Start) -> Tensor:
     [[1, 2, 3], [4, 5, 6]]
     """
     if isinstance(start, int):
-        return torch.cat([entries[:, :start], entries[:, start + count :]], 1)
+        behind = entries[:, start + count :]
+        return torch.cat([entries[:, :start], behind], 1) if start else behind
     at = torch.arange(entries.shape[1] - count, device=entries.device)[None]
     source = at + count * (at >= start[:, None])
     return entries[_rows(source), source]

@@ -211,6 +211,9 @@ class TextPrompt(PromptUpdate):
         if positions is None:
             if past and mask is None:
                 return None  # the network counts the entries of the cache, and the prompt is among them
+            if mask is None and self.padding is None:
+                entries = call["inputs_embeds"] if call.get("input_ids") is None else call["input_ids"]
+                return torch.arange(entries.shape[1] + len(self.prompt), device=entries.device)[None]
             positions = counted_positions(call, padding=self.padding)
         if past:
             shifted: Tensor = positions + len(self.prompt)
