@@ -35,9 +35,10 @@ bytes and kept activations are exact counts, the same on every machine; their ru
 that take turns in one process. The overhead is what a step takes beyond the frozen limit, as a fraction of PEFT's. PEFT has no
 prompts for networks that read images: a dash.
 
-Each row is of three builds of its network, because where in memory a network lies moves its overhead by several percent. Where an
-overhead misses its limit, what is left is arithmetic that both libraries do: at a width of 256 and rank 16 the four narrow products
-of a layer take about as long as all else that an adapter adds, and the optimizer's step is the same. One stacked `A` for
+Each row is of three builds of its network, because where in memory a network lies moves its overhead by several percent. What is
+left of LoRA's overhead is mostly arithmetic that both libraries do: at a width of 256 and rank 16 the four narrow products of a
+layer take about as long as all else that an adapter adds, and the optimizer's step is the same. On an older CPU (AVX2) the worst
+ratio of overheads was 0.73, with an earlier version; it was not measured there again. One stacked `A` for
 projections that read one input would save the part in the table of what was tried; layers are called one by one, so it would have
 to hold an input from one call to the next, and is not done. A network input without gradient needs no code: autograd leaves out the
 products below the first adapted layer by itself. Where ours and PEFT's times both lie near the frozen one, an overhead is a small
