@@ -26,6 +26,7 @@ from lightning_peft.adapters import (
     set_adapter,
     unmerge_adapter,
 )
+from lightning_peft.budget import Budget
 from lightning_peft.mixins import (
     AdapterMixin,
     DERMixin,
@@ -38,6 +39,7 @@ from lightning_peft.mixins import (
     SoftPromptMixin,
     adapted,
 )
+from lightning_peft.prompts import PromptTemplate, Verbalizer
 from lightning_peft.version import __version__
 
 __all__ = [
@@ -45,6 +47,7 @@ __all__ = [
     "Adapter",
     "AdapterMixin",
     "BitFit",
+    "Budget",
     "DERMixin",
     "DeepPrompt",
     "DistillMixin",
@@ -57,10 +60,12 @@ __all__ = [
     "LoRA",
     "LoRAMixin",
     "PrefixMixin",
+    "PromptTemplate",
     "ReplayMixin",
     "SoftPrompt",
     "SoftPromptMixin",
     "VeRA",
+    "Verbalizer",
     "__version__",
     "adapted",
     "adapter_disabled",
