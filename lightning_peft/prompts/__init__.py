@@ -7,6 +7,7 @@ from lightning_peft.prompts.search import PromptSearch, SearchReport
 from lightning_peft.prompts.space import Candidate, PromptSpace
 from lightning_peft.prompts.strategies import Bootstrap, Coordinate, Halving, RandomSearch, Rewrite, Strategy, Trial
 from lightning_peft.prompts.template import Demonstration, PromptTemplate
+from lightning_peft.prompts.token_flips import TokenFlips
 from lightning_peft.prompts.verbalizer import Verbalizer
 from lightning_peft.prompts.writing import parsed_label, write_answers
 
@@ -24,6 +25,7 @@ __all__ = [
     "ScoreCache",
     "SearchReport",
     "Strategy",
+    "TokenFlips",
     "Trial",
     "Verbalizer",
     "label_log_probabilities",
