@@ -27,6 +27,7 @@ FAMILIES = {
     "adapter": "what was added",
     "flow": "gradients, and steps relative to the weights, by block",
     "drift": "how far weights are from where they began, by block",
+    "search": "what a search has found and spent",
 }
 """Every family of keys, and what it shows."""
 

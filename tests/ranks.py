@@ -44,6 +44,10 @@ from lightning_peft.callbacks import (
 from lightning_peft.distributed import gather_rows, rank, world_size
 from lightning_peft.losses import in_batch_contrastive
 from lightning_peft.metrics import RecallAtOne
+from lightning_peft.mixins.prompt_search_mixin import PromptSearchMixin
+from lightning_peft.prompts import Halving, PromptSearch
+from tests.mixins.test_prompt_search_mixin import space
+from tests.mixins.test_prompting_mixin import Module
 from tests.resume_matrix import STRATEGIES, differences, remove, shared_folder
 from tests.toy import Toy, rows, weights
 
@@ -283,6 +287,22 @@ def holding_fewer_rows_than_processes() -> Result:
     return trained(DistillToy(), ReplayMixing(memory, ratio=0.05, weight=0.5, seed=3), epochs=3)
 
 
+def searching_for_a_prompt() -> Result:
+    """17 validation rows and 30 training rows on two processes: each row counts once, and all choose the same prompt."""
+
+    class Reviews(PromptSearchMixin, Module):
+        pass
+
+    fitted = Reviews(search=PromptSearch(space(), Halving(6, 8), rounds=3, calibration="batch"))
+    loaders = [DataLoader([{"text": f"a film {k}", "label": k % 2} for k in range(n)], 4) for n in (30, 17)]
+    fitted.train_dataloader, fitted.val_dataloader = (lambda: loaders[0]), (lambda: loaders[1])
+    fit(fitted, epochs=3, use_distributed_sampler=True)
+    report = fitted.report
+    told = [value for found in report.rounds for result in found for value in (result.correct, result.rows)]
+    prompt = [float(ord(letter)) for letter in str((report.prompt, report.verbalizer))]
+    return {"rounds": told, "prompt": prompt, "validation": [report.validation.correct, report.validation.rows]}
+
+
 def everything_together() -> Result:
     class Suite(ReplayMixin, LoRAToy):
         replay_step = ReplayToy.replay_step
@@ -479,6 +499,7 @@ CASES: dict[str, Callable[[], Result]] = {
         mixing_old_rows_in,
         replaying_beside,
         replaying_fewer_rows_than_processes,
+        searching_for_a_prompt,
         holding_tokens,
         holding_fewer_rows_than_processes,
         everything_together,

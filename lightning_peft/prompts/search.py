@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from tqdm.auto import tqdm
@@ -118,6 +118,24 @@ class PromptSearch:
             if value is not None and value < 1:
                 raise ValueError(f"PromptSearch: {name}={value!r} must be at least 1.")
 
+    def start(
+        self, model: Any, tokenizer: Any, train: Sequence[Example], *, cache: ScoreCache | None = None
+    ) -> SearchRun:
+        """Return a search that has not tried anything yet; what the cache knows of it, it goes on from."""
+        order = list(train)
+        random.Random(f"{self.seed} rows").shuffle(order)
+        scorer = CandidateScorer(
+            model,
+            tokenizer,
+            self.space,
+            calibration=self.calibration,
+            calibration_rows=[row for row, _ in order[: self.calibration_rows]],
+            cache=cache,
+            batch_size=self.batch_size,
+            search=repr((type(self.strategy).__name__, self.seed, self.rounds, len(train))),
+        )
+        return SearchRun(self, scorer, order)
+
     def run(
         self,
         model: Any,
@@ -148,79 +166,122 @@ class PromptSearch:
                 f"PromptSearch: {len(train)} training and {len(validation)} validation rows; both are needed. A prompt must not be "
                 "chosen by the rows that it is tested on."
             )
-        order = list(train)
-        random.Random(f"{self.seed} rows").shuffle(order)
-        scorer = CandidateScorer(
-            model,
-            tokenizer,
-            self.space,
-            calibration=self.calibration,
-            calibration_rows=[row for row, _ in order[: self.calibration_rows]],
-            cache=cache,
-            batch_size=self.batch_size,
-            search=repr((type(self.strategy).__name__, self.seed, self.rounds, len(train), len(validation))),
-        )
-        return _Run(self, scorer, order, list(validation)).run(test, on_round)
+        run = self.start(model, tokenizer, train, cache=cache)
+        with tqdm(total=self.rounds, desc="prompt search", unit="round", delay=2, disable=rank() > 0) as bar:
+            while not run.stopped:
+                run.try_round()
+                run.judge(validation)
+                if on_round is not None:
+                    on_round(run.report())
+                bar.set_postfix_str(run.told)
+                bar.update()
+        return run.report(test)
 
 
-class _Run:
-    def __init__(
-        self, search: PromptSearch, scorer: CandidateScorer, train: list[Example], validation: list[Example]
-    ) -> None:
-        self.search, self.scorer, self.train, self.validation = search, scorer, train, validation
+class SearchRun:
+    """A search under way, round by round: :class:`PromptSearch` and a Trainer drive it.
+
+    Args:
+        search: The settings.
+        scorer: Tries candidates.
+        train: Training rows in the order in which they are taken.
+    """
+
+    def __init__(self, search: PromptSearch, scorer: CandidateScorer, train: list[Example]) -> None:
+        self.search, self.scorer, self.train = search, scorer, train
         self.rounds: list[list[Result]] = []
         self.judged: dict[Candidate, Result] = {}
-        self.stopped = f"rounds={search.rounds}"
-        self.started = time.monotonic()
+        self.since = 0
+        """Rounds without a better validation accuracy."""
+        self.stopped = ""
+        """Why the search has ended; empty while it goes on."""
+        self._started: float | None = None
 
-    def run(self, test: Sequence[Example], on_round: Callable[[SearchReport], None] | None) -> SearchReport:
-        search, since = self.search, 0
-        search.strategy.prepare(search.space, self._right)
-        with tqdm(total=search.rounds, desc="prompt search", unit="round", delay=2, disable=rank() > 0) as bar:
-            for number in range(search.rounds):
-                before = max((result.accuracy for result in self.judged.values()), default=-1.0)
-                room = self._round(number)
-                if self.judged:
-                    now = self._report()
-                    since = 0 if now.validation.accuracy > before else since + 1
-                    bar.set_postfix_str(f"validation {now.validation.accuracy:.3f}")
-                    if on_round is not None:
-                        on_round(now)
-                bar.update()
-                if not room or self._ends(since):
-                    break
-        if not self.judged:
-            raise ValueError(f"PromptSearch: the budget ({self.stopped}) does not suffice for one candidate. Raise it.")
-        return self._report(test)
+    @property
+    def top(self) -> float:
+        """The best validation accuracy so far; nan before any."""
+        return max((result.accuracy for result in self.judged.values()), default=math.nan)
 
-    def _round(self, number: int) -> bool:
-        """Try what is proposed; return whether to go on."""
-        search, found = self.search, []
+    @property
+    def told(self) -> str:
+        """A word on how it goes."""
+        return f"validation {self.top:.3f}, {self.scorer.usage.tokens:,} tokens"
+
+    def try_round(self) -> None:
+        """Try what the strategy proposes, as far as the budget goes."""
+        search, number = self.search, len(self.rounds)
+        if not number and self._started is None:
+            search.strategy.prepare(search.space, self._right)
         trials = search.strategy.propose(search.space, self.rounds, random.Random(f"{search.seed} round {number}"))
         if not trials:
             self.stopped = "nothing new to try"
-            return False
-        room = True
+        found = []
         for trial in trials:
             result = self._tried(trial.candidate, self.train[: trial.rows])
             if result is None:
-                room = False
                 break
             found.append(result)
-        self.rounds.append(found)
+        if found:
+            self.rounds.append(found)
+
+    def judge(self, validation: Sequence[Example]) -> None:
+        """Compare the best candidates of all rounds on validation rows, and see whether to go on.
+
+        Raises:
+            ValueError: If the budget did not suffice for one candidate.
+        """
+        before, search = self.top, self.search
         for candidate in best(self.rounds, search.validated):
-            result = self._tried(candidate, self.validation)
+            result = self._tried(candidate, validation)
             if result is None:
-                return False
+                break
             self.judged[candidate] = result
-        return room
+        if not self.judged:
+            raise ValueError(f"PromptSearch: the budget ({self.stopped}) does not suffice for one candidate. Raise it.")
+        self.since = 0 if not self.top <= before else self.since + 1
+        if self.top >= search.stop_at:
+            self.stopped = f"stop_at={search.stop_at}"
+        elif search.patience is not None and self.since >= search.patience:
+            self.stopped = f"patience={search.patience}"
+        elif not self.stopped and len(self.rounds) >= search.rounds:
+            self.stopped = f"rounds={search.rounds}"
+
+    def report(self, test: Sequence[Example] = ()) -> SearchReport:
+        """Return what was found so far; of test rows, if there are any, the chosen prompt is asked."""
+        chosen = min(self.judged.values(), key=lambda result: result.order)
+        prompt, verbalizer = self.search.space.build(chosen.candidate)
+        tested = self.scorer.score(chosen.candidate, test) if test else None
+        return SearchReport(
+            prompt, verbalizer, chosen, tested, list(self.rounds), self.scorer.usage, self.stopped, len(self.judged)
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all that does not follow from the settings, as plain data."""
+        return {
+            "rounds": [[asdict(result) for result in found] for found in self.rounds],
+            "judged": [asdict(result) for result in self.judged.values()],
+            "since": self.since,
+            "stopped": self.stopped,
+            "instructions": list(self.search.space.instructions),
+            "usage": asdict(self.scorer.usage),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a state."""
+        self.rounds = [[_result(result) for result in found] for found in state["rounds"]]
+        self.judged = {result.candidate: result for result in map(_result, state["judged"])}
+        self.since, self.stopped = state["since"], state["stopped"]
+        self.search.space.instructions = list(state["instructions"])
+        self.scorer.usage = Usage(**state["usage"])
 
     def _tried(self, candidate: Candidate, examples: Sequence[Example]) -> Result | None:
         """Return a result, or None if there is no room for it."""
         coming = self.scorer.cost(candidate, [row for row, _ in examples])
-        elapsed = max(gather_objects(time.monotonic() - self.started))
-        spent = Usage(**{**vars(self.scorer.usage), "seconds": elapsed})
-        refused = self.search.budget.refuses(spent, coming) if coming.tokens else None
+        self._started = time.monotonic() if self._started is None else self._started
+        elapsed = max(gather_objects(time.monotonic() - self._started))
+        refused = (
+            self.search.budget.refuses(replace(self.scorer.usage, seconds=elapsed), coming) if coming.tokens else None
+        )
         if refused:
             self.stopped = refused
             return None
@@ -231,20 +292,8 @@ class _Run:
         found: list[bool] = (scores.argmax(1) == scores.new_tensor([label for _, label in examples])).tolist()
         return found
 
-    def _ends(self, since: int) -> bool:
-        top = max(result.accuracy for result in self.judged.values())
-        if top >= self.search.stop_at:
-            self.stopped = f"stop_at={self.search.stop_at}"
-        elif self.search.patience is not None and since >= self.search.patience:
-            self.stopped = f"patience={self.search.patience}"
-        else:
-            return False
-        return True
 
-    def _report(self, test: Sequence[Example] = ()) -> SearchReport:
-        chosen = min(self.judged.values(), key=lambda result: result.order)
-        prompt, verbalizer = self.search.space.build(chosen.candidate)
-        tested = self.scorer.score(chosen.candidate, test) if test else None
-        return SearchReport(
-            prompt, verbalizer, chosen, tested, list(self.rounds), self.scorer.usage, self.stopped, len(self.judged)
-        )
+def _result(plain: Mapping[str, Any]) -> Result:
+    told = plain["candidate"]
+    candidate = Candidate(**{**told, "demonstrations": tuple(told["demonstrations"])})
+    return Result(**{**plain, "candidate": candidate})

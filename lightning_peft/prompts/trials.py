@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -84,18 +84,18 @@ class CandidateScorer:
         self.cache = cache or ScoreCache()
         self._weights = key_of(fingerprint_to_plain(fingerprint(model)), type(model).__name__)
         self.search = key_of(self._weights, search)
-        self.usage = Usage(**self.cache.spent(self.search))  # type: ignore[arg-type]
+        self.usage = Usage(**_told(self.cache.spent(self.search)))
         """What all processes together have spent; seconds are those of the slowest."""
 
     def cost(self, candidate: Candidate, rows: Sequence[Row]) -> Usage:
         """Return what scores of these inputs would cost now: forwards and tokens of all processes."""
-        missing = self._missing(candidate, rows)
+        missing = self._missing(candidate, rows, self._known([self._key(candidate, row) for row in rows]))
         return sum((self._part_cost(candidate, missing[k :: world_size()]) for k in range(world_size())), Usage())
 
     def log_probabilities(self, candidate: Candidate, rows: Sequence[Row]) -> Tensor:
         """Return the log-probability of each label, ``(rows, labels)``, rounded; the same on every process."""
-        known = self.cache.get([self._key(candidate, row) for row in rows])
-        missing = self._missing(candidate, rows)
+        known = self._known([self._key(candidate, row) for row in rows])
+        missing = self._missing(candidate, rows, known)
         mine = missing[rank() :: world_size()]
         template, verbalizer = self.space.build(candidate)
         usage = Usage(cached=(len(rows) - len(missing)) if rank() == 0 else 0)
@@ -133,9 +133,13 @@ class CandidateScorer:
             self.calibration, lambda rows: self.log_probabilities(candidate, rows), template, self.calibration_rows
         )
 
-    def _missing(self, candidate: Candidate, rows: Sequence[Row]) -> list[Row]:
+    def _known(self, keys: Sequence[str]) -> dict[str, list[float]]:
+        # One process says what is known: files and memories of others may be behind, and all must compute alike.
+        found: dict[str, list[float]] = _told(self.cache.get(keys) if rank() == 0 else {})
+        return found
+
+    def _missing(self, candidate: Candidate, rows: Sequence[Row], known: Mapping[str, Any]) -> list[Row]:
         keys = {self._key(candidate, row): row for row in rows}
-        known = self.cache.get(list(keys))
         return [row for key, row in keys.items() if key not in known]
 
     def _part_cost(self, candidate: Candidate, rows: Sequence[Row]) -> Usage:
@@ -145,3 +149,8 @@ class CandidateScorer:
     def _key(self, candidate: Candidate, row: Row) -> str:
         plain = row if isinstance(row, str) else dict(row)
         return key_of(self._weights, self.space.digest(candidate), plain)
+
+
+def _told(value: Any) -> Any:
+    """Return what the first process has, on every process."""
+    return gather_objects(value)[0]
