@@ -1,6 +1,7 @@
 """Soft prompts and prefixes in PEFT's files, and positions that are counted as PEFT counts them."""
 
 import contextlib
+import json
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import nn
 from lightning_peft import DeepPrompt, KVPrefix, SoftPrompt, add_adapter, remove_adapter, set_adapter
 from lightning_peft.adapters.attachment import attachment_of
 from lightning_peft.adapters.peft_format import from_peft, load_adapter, save_adapter
-from tests.adapters.prompt_nets import IDS, TOKENS, call, close, far, hooks, network, padded
+from tests.adapters.prompt_nets import IDS, TOKENS, VOCABULARY, call, close, far, hooks, network, padded
 from tests.adapters.test_peft_format import edited
 from tests.adapters.zoo import stir
 
@@ -89,6 +90,39 @@ def test_what_a_prefix_is_made_of_is_in_the_file_by_what_it_makes(more, tmp_path
     assert close(answer(read_by_peft(network("gpt2"), tmp_path)), answer(ours))
     again = load_adapter(network("gpt2"), tmp_path)
     assert torch.equal(answer(again), answer(ours))
+
+
+@pytest.mark.parametrize("heads", [[], ["classifier"]])
+@pytest.mark.parametrize("adapter", [SoftPrompt, KVPrefix])
+def test_a_head_that_trains_with_a_prompt_is_in_the_file_and_only_then(adapter, heads, tmp_path):
+    from transformers import BertConfig, BertForSequenceClassification
+
+    sizes = {
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "vocab_size": VOCABULARY,
+    }
+
+    def bare():
+        torch.manual_seed(0)
+        return BertForSequenceClassification(BertConfig(**sizes)).double().eval()
+
+    positions = {"offset_positions": True} if adapter is KVPrefix else {}
+    ours = stir(add_adapter(bare(), adapter(tokens=TOKENS, train_also=heads, **positions)))
+    save_adapter(ours, tmp_path)
+    told = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert told["modules_to_save"] == (heads or None)
+    assert told["task_type"] == ("SEQ_CLS" if heads else "FEATURE_EXTRACTION")
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    assert any("classifier" in name for name in tensors) == bool(heads)
+    again = load_adapter(bare(), tmp_path)
+    assert torch.equal(again(input_ids=IDS).logits, ours(input_ids=IDS).logits)
+    if heads:
+        assert close(
+            read_by_peft(bare(), tmp_path)(input_ids=IDS, attention_mask=ONES).logits, ours(input_ids=IDS).logits
+        )
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "mistral"])
