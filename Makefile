@@ -42,6 +42,7 @@ bench: $(READY)  ## make the tables of the docs anew (about four hours on two co
 	$(RUN) -m lightning_peft.recipes.keep_fluent --page docs/keep_fluent.md
 	$(RUN) -m lightning_peft.recipes.keep_safe --page docs/keep_safe.md
 	$(RUN) benchmarks/mixing.py
+	$(RUN) benchmarks/prompt_search.py
 	$(RUN) benchmarks/sentiment.py --tune
 	$(RUN) benchmarks/sentiment.py
 	$(RUN) benchmarks/sentiment.py --ablate --seeds 0
