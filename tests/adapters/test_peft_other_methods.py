@@ -166,6 +166,25 @@ def test_a_head_inside_the_network_trains_beside_every_method_and_belongs_to_it(
     assert torch.equal(net(x), base(x))
 
 
+@pytest.mark.parametrize("heads", [[], ["2"]])
+@pytest.mark.parametrize("kind", [IA3, VeRA])
+def test_a_head_and_a_dropout_go_through_the_file_to_peft_and_back(kind, heads, tmp_path):
+    import peft
+
+    more = {"rank": 2, "dropout": 0.25} if kind is VeRA else {}
+    base = small()
+    ours = stir(add_adapter(copy.deepcopy(base), kind(targets=["0"], train_also=heads, **more)))
+    save_adapter(ours, tmp_path)
+    told = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert told["modules_to_save"] == (heads or None)
+    again = load_adapter(copy.deepcopy(base), tmp_path)
+    x = torch.randn(3, 6)
+    assert torch.equal(again.eval()(x), ours.eval()(x))
+    assert getattr(attachment_of(again).adapters["default"], "dropout", 0.25) == 0.25
+    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).eval()
+    assert torch.allclose(theirs(x), ours(x), atol=1e-6)
+
+
 @pytest.mark.parametrize(("kind", "more"), [(IA3, {}), (VeRA, {}), (LoRA, {"rank": 2})])
 def test_what_gets_an_update_cannot_train_itself(kind, more):
     net = small()
