@@ -22,7 +22,7 @@ from rich.table import Table
 from tqdm import tqdm
 
 from lightning_peft.budget import Budget, Usage
-from lightning_peft.data.packaged import movie_reviews, smollm2
+from lightning_peft.data.packaged import movie_reviews
 from lightning_peft.files import write_text
 from lightning_peft.prompts import (
     Bootstrap,
@@ -37,6 +37,7 @@ from lightning_peft.prompts import (
     Verbalizer,
     label_log_probabilities,
 )
+from lightning_peft.recipes.keep_language import load
 
 SHOTS, TOKEN_TARGET = 8, 0.2
 """Demonstrations of the comparison of costs, and the most that the shared way may take of the tokens."""
@@ -61,14 +62,6 @@ STRATEGIES: dict[str, Strategy] = {
     "coordinate": Coordinate(2, 3, 48),
     "bootstrap": Bootstrap(6, 48),
 }
-
-
-def load() -> tuple[Any, Any]:
-    """Return the model in float32 and its tokenizer."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: PLC0415 - slow to import
-
-    path = smollm2()
-    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32), AutoTokenizer.from_pretrained(path)
 
 
 def rows(sizes: list[int]) -> list[list[tuple[str, int]]]:
@@ -184,7 +177,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/prompt_search.json"))
     options = parser.parse_args()
     torch.set_num_threads(1)
-    model, tokenizer = load()
+    model, tokenizer = load(None)
     result: dict[str, Any] = {"costs": costs(model, tokenizer, options.rows, options.rounds)}
     if options.seeds:
         result["searches"] = searches(model, tokenizer, options.seeds, options.budget)

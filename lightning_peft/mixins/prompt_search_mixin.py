@@ -214,7 +214,6 @@ class PromptSearchMixin(PromptingMixin):
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
-        checkpoint["state_dict"]["search_anchor"] = torch.zeros(())
         self._state = checkpoint.get(_KEY)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:

@@ -93,7 +93,7 @@ def scoring_cost(
         leaves = answer_stems(verbalizer.tokens(tokenizer, template.gap(tokenizer)))
         shared = shared_length(prompts) if share_prefix else 0
         usage += Usage(forwards=1, tokens=shared) if shared else Usage()
-        for chosen in _batches(prompts, batch_size):
+        for chosen in batches_by_length(prompts, batch_size):
             longest = len(prompts[chosen[-1]]) - shared + max(map(len, leaves))
             usage += Usage(forwards=1, tokens=len(chosen) * len(leaves) * longest)
     return usage
@@ -132,7 +132,7 @@ def answer_stems(answers: list[list[Tokens]]) -> list[Tokens]:
     return sorted(one for one in stems if not any(other != one and other[: len(one)] == one for other in stems))
 
 
-def _batches(prompts: list[list[int]], batch_size: int) -> list[list[int]]:
+def batches_by_length(prompts: list[list[int]], batch_size: int) -> list[list[int]]:
     """Return the numbers of the prompts of each forward: those of like lengths together."""
     order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
@@ -181,7 +181,7 @@ class _Causal:
         past = self._prefill(prompts[0][:shared]) if shared else None
         shared = shared if past is not None else 0
         found = [[torch.empty(len(prompts), len(tokens)) for tokens in answers] for answers in self.answers]
-        for rows in _batches(prompts, batch_size):
+        for rows in batches_by_length(prompts, batch_size):
             sequences = [prompts[row][shared:] + list(leaf) for row in rows for leaf in self.leaves]
             lengths = [len(prompts[row]) - shared for row in rows]
             table = self._forward(sequences, lengths, past, shared)

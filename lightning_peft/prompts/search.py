@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from lightning_peft.budget import Budget, Usage
 from lightning_peft.distributed import gather_objects, rank
 from lightning_peft.prompts.calibration import Calibration
-from lightning_peft.prompts.score_cache import ScoreCache
+from lightning_peft.prompts.score_cache import ScoreCache, key_of
 from lightning_peft.prompts.space import Candidate, PromptSpace
 from lightning_peft.prompts.strategies import RandomSearch, Strategy, best
 from lightning_peft.prompts.template import PromptTemplate
@@ -132,7 +132,7 @@ class PromptSearch:
             calibration_rows=[row for row, _ in order[: self.calibration_rows]],
             cache=cache,
             batch_size=self.batch_size,
-            search=repr((type(self.strategy).__name__, self.seed, self.rounds, len(train))),
+            search=key_of(self.space.plain(), order, type(self.strategy).__name__, self.seed, self.rounds),
         )
         return SearchRun(self, scorer, order)
 
@@ -210,7 +210,7 @@ class SearchRun:
     def try_round(self) -> None:
         """Try what the strategy proposes, as far as the budget goes."""
         search, number = self.search, len(self.rounds)
-        if not number and self._started is None:
+        if self._started is None:  # also where a checkpoint was gone on from: a strategy keeps nothing
             search.strategy.prepare(search.space, self._right)
         trials = search.strategy.propose(search.space, self.rounds, random.Random(f"{search.seed} round {number}"))
         if not trials:
@@ -276,6 +276,10 @@ class SearchRun:
 
     def _tried(self, candidate: Candidate, examples: Sequence[Example]) -> Result | None:
         """Return a result, or None if there is no room for it."""
+        return self.scorer.score(candidate, examples) if self._has_room(candidate, examples) else None
+
+    def _has_room(self, candidate: Candidate, examples: Sequence[Example]) -> bool:
+        """Whether the budget suffices; if not, the search stops."""
         coming = self.scorer.cost(candidate, [row for row, _ in examples])
         self._started = time.monotonic() if self._started is None else self._started
         elapsed = max(gather_objects(time.monotonic() - self._started))
@@ -284,10 +288,11 @@ class SearchRun:
         )
         if refused:
             self.stopped = refused
-            return None
-        return self.scorer.score(candidate, examples)
+        return not refused
 
     def _right(self, candidate: Candidate, examples: Sequence[Example]) -> list[bool]:
+        if not self._has_room(candidate, examples):
+            raise ValueError(f"PromptSearch: the budget ({self.stopped}) does not suffice to begin. Raise it.")
         scores = self.scorer.log_probabilities(candidate, [row for row, _ in examples])
         found: list[bool] = (scores.argmax(1) == scores.new_tensor([label for _, label in examples])).tolist()
         return found

@@ -84,6 +84,17 @@ class PromptSpace:
         template = replace(self.forms[candidate.form], instruction=self.instructions[candidate.instruction])
         return template.with_demonstrations(shown), verbalizer
 
+    def plain(self) -> dict[str, Any]:
+        """Return all choices as plain data."""
+        examples = [(row if isinstance(row, str) else dict(row), label) for row, label in self.examples]
+        return {
+            "forms": [asdict(form) for form in self.forms],
+            "verbalizers": [asdict(verbalizer) for verbalizer in self.verbalizers],
+            "instructions": self.instructions,
+            "examples": examples,
+            "shots": self.shots,
+        }
+
     def digest(self, candidate: Candidate) -> str:
         """Return a hash of the prompt itself, the same in every process and for every order of the choices."""
         return hashlib.sha256(json.dumps([asdict(part) for part in self.build(candidate)]).encode()).hexdigest()

@@ -138,9 +138,7 @@ class PromptTemplate:
 
     def masked(self, row: Row, masks: str, tokenizer: Any = None) -> str:
         """Return the prompt of an input for a model that fills in masks, with these in the place of the answer."""
-        whole = [self.form.format(**dict(one.slots), answer=one.answer) for one in self.demonstrations]
-        asked = self.form.format(**self._cut(self.filled(row), tokenizer), answer=masks)
-        return self.separator.join([*filter(None, [self.instruction]), *whole, asked])
+        return self._written(self.form.format(**self._cut(self.filled(row), tokenizer), answer=masks))
 
     def prompt(self, row: Row, tokenizer: Any = None) -> str:
         """Return the prompt of an input, up to where its answer begins.
@@ -158,8 +156,7 @@ class PromptTemplate:
             )
         asked = self.parts()[0].format(**self._cut(self.filled(row), tokenizer))
         if not self.chats(tokenizer):
-            whole = [self.form.format(**dict(one.slots), answer=one.answer) for one in self.demonstrations]
-            return self.separator.join([*filter(None, [self.instruction]), *whole, asked])
+            return self._written(asked)
         turns = [{"role": "system", "content": self.instruction}] if self.instruction else []
         for one in self.demonstrations:
             turns.append({"role": "user", "content": self.parts()[0].format(**dict(one.slots))})
@@ -167,6 +164,11 @@ class PromptTemplate:
         turns.append({"role": "user", "content": asked})
         found: str = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
         return found
+
+    def _written(self, asked: str) -> str:
+        """Return instruction, demonstrations and what is asked, one after the other."""
+        whole = [self.form.format(**dict(one.slots), answer=one.answer) for one in self.demonstrations]
+        return self.separator.join([*filter(None, [self.instruction]), *whole, asked])
 
     def _cut(self, slots: dict[str, str], tokenizer: Any) -> dict[str, str]:
         if self.max_slot_tokens is None:

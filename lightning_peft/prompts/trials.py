@@ -89,13 +89,15 @@ class CandidateScorer:
 
     def cost(self, candidate: Candidate, rows: Sequence[Row]) -> Usage:
         """Return what scores of these inputs would cost now: forwards and tokens of all processes."""
-        missing = self._missing(candidate, rows, self._known([self._key(candidate, row) for row in rows]))
+        keys = self._keys(candidate, rows)
+        missing = _missing(keys, rows, self._known(keys))
         return sum((self._part_cost(candidate, missing[k :: world_size()]) for k in range(world_size())), Usage())
 
     def log_probabilities(self, candidate: Candidate, rows: Sequence[Row]) -> Tensor:
         """Return the log-probability of each label, ``(rows, labels)``, rounded; the same on every process."""
-        known = self._known([self._key(candidate, row) for row in rows])
-        missing = self._missing(candidate, rows, known)
+        keys = self._keys(candidate, rows)
+        known = self._known(keys)
+        missing = _missing(keys, rows, known)
         mine = missing[rank() :: world_size()]
         template, verbalizer = self.space.build(candidate)
         usage = Usage(cached=(len(rows) - len(missing)) if rank() == 0 else 0)
@@ -103,8 +105,8 @@ class CandidateScorer:
             self.model, self.tokenizer, mine, template, verbalizer, batch_size=self.batch_size, usage=usage
         )
         computed = {
-            self._key(candidate, row): [round(score, DECIMALS) for score in scores]
-            for row, scores in zip(mine, found.tolist(), strict=True)
+            key: [round(score, DECIMALS) for score in scores]
+            for key, scores in zip(self._keys(candidate, mine), found.tolist(), strict=True)
         }
         everybody = gather_objects((computed, usage))
         for part, _ in everybody:
@@ -113,8 +115,7 @@ class CandidateScorer:
         self.usage += replace(together, seconds=max(spent.seconds for _, spent in everybody))
         if computed and rank() == 0:
             self.cache.put(computed, (self.search, asdict(self.usage)))
-        keys = [self._key(candidate, row) for row in rows]
-        known = known | computed
+        known |= computed
         return torch.tensor([known[key] for key in keys])
 
     def score(self, candidate: Candidate, examples: Sequence[Example]) -> Result:
@@ -138,17 +139,18 @@ class CandidateScorer:
         found: dict[str, list[float]] = _told(self.cache.get(keys) if rank() == 0 else {})
         return found
 
-    def _missing(self, candidate: Candidate, rows: Sequence[Row], known: Mapping[str, Any]) -> list[Row]:
-        keys = {self._key(candidate, row): row for row in rows}
-        return [row for key, row in keys.items() if key not in known]
-
     def _part_cost(self, candidate: Candidate, rows: Sequence[Row]) -> Usage:
         template, verbalizer = self.space.build(candidate)
         return scoring_cost(self.model, self.tokenizer, rows, template, verbalizer, batch_size=self.batch_size)
 
-    def _key(self, candidate: Candidate, row: Row) -> str:
-        plain = row if isinstance(row, str) else dict(row)
-        return key_of(self._weights, self.space.digest(candidate), plain)
+    def _keys(self, candidate: Candidate, rows: Sequence[Row]) -> list[str]:
+        digest = self.space.digest(candidate)
+        return [key_of(self._weights, digest, row if isinstance(row, str) else dict(row)) for row in rows]
+
+
+def _missing(keys: Sequence[str], rows: Sequence[Row], known: Mapping[str, Any]) -> list[Row]:
+    """Return the rows of unknown keys, each once."""
+    return [row for key, row in dict(zip(keys, rows, strict=True)).items() if key not in known]
 
 
 def _told(value: Any) -> Any:

@@ -11,7 +11,7 @@ import torch
 
 from lightning_peft.budget import Usage
 from lightning_peft.old_task import untouched
-from lightning_peft.prompts.label_scores import prompt_tokens
+from lightning_peft.prompts.label_scores import batches_by_length, prompt_tokens
 from lightning_peft.prompts.template import PromptTemplate, Row
 from lightning_peft.prompts.verbalizer import Verbalizer
 
@@ -39,12 +39,10 @@ def write_answers(
     """
     usage, start, device = Usage() if usage is None else usage, time.perf_counter(), next(model.parameters()).device
     prompts, written = [prompt_tokens(template, row, tokenizer) for row in rows], [""] * len(rows)
-    order = sorted(range(len(rows)), key=lambda row: len(prompts[row]))
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     with torch.no_grad(), untouched(model, device):
-        for begin in range(0, len(order), batch_size):
-            chosen = order[begin : begin + batch_size]
-            longest = max(len(prompts[row]) for row in chosen)
+        for chosen in batches_by_length(prompts, batch_size):
+            longest = len(prompts[chosen[-1]])
             spare = [longest - len(prompts[row]) for row in chosen]
             ids = torch.tensor(
                 [[pad] * gap + prompts[row] for gap, row in zip(spare, chosen, strict=True)], device=device

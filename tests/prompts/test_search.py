@@ -166,6 +166,27 @@ def test_a_search_that_is_run_again_pays_for_nothing_and_its_budget_is_that_of_o
 
 
 @pytest.mark.usefixtures("world")
+def test_another_search_in_the_same_file_has_a_budget_of_its_own(tmp_path):
+    search, other = (PromptSearch(made, RandomSearch(4, 30), rounds=2) for made in (space(), space(shots=0)))
+    alone = run(other).usage.tokens
+    run(search, cache=ScoreCache(tmp_path / "scores.db"))
+    assert 0 < run(other, cache=ScoreCache(tmp_path / "scores.db")).usage.tokens <= alone
+
+
+@pytest.mark.usefixtures("world")
+def test_a_strategy_prepares_again_where_a_state_is_gone_on_from_and_within_the_budget():
+    first = PromptSearch(space(shots=2), Bootstrap(2, 20)).start(llama(), tokenizer(), TRAIN)
+    first.try_round()
+    first.judge(VALIDATION)
+    again = PromptSearch(space(shots=2), Bootstrap(2, 20)).start(llama(), tokenizer(), TRAIN)
+    again.load_state_dict(first.state_dict())
+    again.try_round()
+    assert again.search.strategy.answered == first.search.strategy.answered
+    with pytest.raises(ValueError, match="max_tokens=50.* does not suffice to begin"):
+        run(PromptSearch(space(shots=2), Bootstrap(2, 20), budget=Budget(max_tokens=50)))
+
+
+@pytest.mark.usefixtures("world")
 def test_a_writer_sees_the_instructions_with_their_accuracies_and_adds_to_them():
     seen = []
 
