@@ -1,4 +1,4 @@
-"""The training loader of a run, wherever it comes from: the only file that touches Lightning's source of loaders."""
+"""The loaders of a fit, wherever they come from: the only file that touches Lightning's source of loaders."""
 
 from __future__ import annotations
 
@@ -49,3 +49,11 @@ def leave_train_loader(trainer: pl.Trainer, owner: str) -> None:
     if isinstance(source, _Changed):
         source.of_rows.pop(owner, None)
         source.of_loaders.pop(owner, None)
+
+
+def change_validation_loader(trainer: pl.Trainer, owner: str, change: Change) -> None:
+    """Let a function change the validation loaders of this fit; otherwise as :func:`change_train_loader`."""
+    loop = cast("Any", trainer.fit_loop).epoch_loop.val_loop
+    if not isinstance(loop._data_source, _Changed):
+        loop._data_source = _Changed(loop._data_source)
+    loop._data_source.of_rows[owner] = change

@@ -4,10 +4,10 @@ from lightning_peft.mixins.adapted import adapted
 from lightning_peft.mixins.adapter_mixin import AdapterMixin
 from lightning_peft.mixins.der_mixin import DERMixin
 from lightning_peft.mixins.distill_mixin import DistillMixin
+from lightning_peft.mixins.linear_probe_mixin import LinearProbeMixin
 from lightning_peft.mixins.replay_mixin import ReplayMixin
 from lightning_peft.mixins.rungs import (
     FullFinetuneMixin,
-    LinearProbeMixin,
     LoRAMixin,
     PrefixMixin,
     SoftPromptMixin,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lightning_peft.adapters import FullFinetune, KVPrefix, LinearProbe, LoRA, SoftPrompt
+from lightning_peft.adapters import FullFinetune, KVPrefix, LoRA, SoftPrompt
 from lightning_peft.mixins.adapter_mixin import AdapterMixin
 
 
@@ -28,15 +28,6 @@ class PrefixMixin(AdapterMixin):
     """Trained keys and values before those of every attention: :class:`AdapterMixin` with ``adapter=KVPrefix()``."""
 
     def __init__(self, *args: Any, adapter: KVPrefix = KVPrefix(), backbone: str | None = None, **kwargs: Any) -> None:
-        super().__init__(*args, adapter=adapter, backbone=backbone, **kwargs)
-
-
-class LinearProbeMixin(AdapterMixin):
-    """A frozen backbone in eval mode; only what lies outside it trains."""
-
-    def __init__(
-        self, *args: Any, adapter: LinearProbe = LinearProbe(), backbone: str | None = None, **kwargs: Any
-    ) -> None:
         super().__init__(*args, adapter=adapter, backbone=backbone, **kwargs)
 
 
