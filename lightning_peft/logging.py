@@ -28,6 +28,7 @@ FAMILIES = {
     "flow": "gradients, and steps relative to the weights, by block",
     "drift": "how far weights are from where they began, by block",
     "search": "what a search has found and spent",
+    "baseline": "what is reached without training",
 }
 """Every family of keys, and what it shows."""
 

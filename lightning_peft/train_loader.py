@@ -57,3 +57,10 @@ def change_validation_loader(trainer: pl.Trainer, owner: str, change: Change) ->
     if not isinstance(loop._data_source, _Changed):
         loop._data_source = _Changed(loop._data_source)
     loop._data_source.of_rows[owner] = change
+
+
+def validation_loader(trainer: pl.Trainer) -> Any:
+    """Return the validation loaders of a fit, made now if no validation has been yet; None without any."""
+    if trainer.val_dataloaders is None and trainer.enable_validation:
+        cast("Any", trainer.fit_loop).epoch_loop.val_loop.setup_data()
+    return trainer.val_dataloaders

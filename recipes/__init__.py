@@ -14,8 +14,9 @@ RUNS = {
     "sentiment": "Learn movie-review sentiment with MiniLM and keep what it could do before.",
     "head_init": "Compare heads that start random, scaled, zero or trained first, by what they do to pretrained features.",
     "leaky_balloon": "Weight decay as a leak: what it takes of a skill that gets no data, and of one that does.",
-    "keep_fluent": "Tune SmolLM2 on code while its perplexity on general text is held to a budget.",
+    "keep_fluent": "Tune SmolLM2 on sentences of film critics while its perplexity on general text is held to a budget.",
     "keep_safe": "Tune SmolLM2 on harmless chat while its refusals are held to a budget.",
+    "ladder": "Compare all rungs on one task: prompts, search, soft prompts, prefixes, a probe, LoRA, full fine-tuning.",
     "continual": "Learn tasks one after the other and keep the earlier ones: all metrics; by replay, distillation or a budget.",
 }
 """Recipes that are a command of their own."""

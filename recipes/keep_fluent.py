@@ -14,18 +14,16 @@ from torch.utils.data import DataLoader
 
 from lightning_peft.callbacks import OldTask, perplexity_task
 from lightning_peft.data import SelfGenerated
-from lightning_peft.data.packaged import movie_reviews
+from lightning_peft.data.causal_batch import TokenRow, causal_batch
+from lightning_peft.data.packaged import language_model, manual_paragraphs, movie_reviews
 from lightning_peft.old_task import evaluate
 from lightning_peft.recipes.keep_language import (
     ARMS,
     Arm,
-    Example,
     Keep,
     LanguageNet,
     Row,
     Study,
-    collate,
-    load,
     logits_of,
     run_arms,
 )
@@ -95,7 +93,7 @@ class KeepFluent(Keep):
 
 def run(options: KeepFluent) -> list[Row]:
     """Run all arms, print the table, write results, page and picture; return the rows."""
-    model, tokenizer = load(options.model)
+    model, tokenizer = language_model(options.model)
     study = study_of(options, model, tokenizer)
     rows = run_arms(options, study, lambda: copy.deepcopy(model))
     panels = {
@@ -109,12 +107,12 @@ def run(options: KeepFluent) -> list[Row]:
 def study_of(options: KeepFluent, model: Any, tokenizer: Any) -> Study:
     """Return what is learned, replayed, guarded and reported; the budget's limit is a part of the pretrained perplexity."""
 
-    def rows(texts: list[str]) -> list[Example]:
+    def rows(texts: list[str]) -> list[TokenRow]:
         found = [tokenizer(text, truncation=True, max_length=options.tokens)["input_ids"] for text in texts]
         return [{"ids": ids, "labels": ids} for ids in found if len(ids) > 1]
 
     def task(texts: list[str]) -> OldTask:
-        loader: Any = DataLoader(rows(texts), 8, collate_fn=collate)  # type: ignore[arg-type]
+        loader: Any = DataLoader(rows(texts), 8, collate_fn=causal_batch)  # type: ignore[arg-type]
         return perplexity_task(loader, logits=logits_of)
 
     new, general = new_texts(options), general_texts(options)
@@ -152,11 +150,7 @@ def general_texts(options: KeepFluent) -> list[str]:
     """Return general text, shuffled."""
     if options.general is not None:
         return paragraphs(Path(options.general))
-    from pydoc_data import topics  # noqa: PLC0415 - a whole manual
-
-    parts = [" ".join(part.split()) for topic in topics.topics.values() for part in topic.split("\n\n")]
-    # Some topics repeat each other's paragraphs, and grammars are no prose.
-    texts = list(dict.fromkeys(part for part in parts if len(part) >= 300 and "::=" not in part))
+    texts = manual_paragraphs()
     random.Random(SPLIT_SEED).shuffle(texts)
     return texts
 

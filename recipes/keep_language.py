@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +18,7 @@ from typing_extensions import override
 
 from lightning_peft import DistillMixin, LoRA, LoRAMixin, parameter_groups
 from lightning_peft.callbacks import ForgettingBudget, ForgettingEvaluation, OldTask, ReplayMixing
-from lightning_peft.data.packaged import smollm2
+from lightning_peft.data.causal_batch import IGNORED, TokenRow, causal_batch
 from lightning_peft.reporting import finished_rows, save_results
 
 Arm = Literal["none", "replay", "distill", "budget"]
@@ -30,11 +30,7 @@ ARMS: dict[Arm, str] = {
     "budget": "as `distill`, but the share is steered by what is lost on guard rows, and the latest state inside the limits is put "
     "back at the end (`ForgettingBudget`)",
 }
-IGNORED = -100
-"""The label of tokens that do not count."""
 Row = dict[str, Any]
-Example = dict[str, list[int]]
-"""Token ids and labels of a text."""
 
 
 class LanguageNet(pl.LightningModule):
@@ -86,32 +82,6 @@ def logits_of(module: Any, batch: Mapping[str, Tensor]) -> Tensor:
     """Return the logits of a batch, ``(rows, tokens, vocabulary)``."""
     found: Tensor = module(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
     return found
-
-
-def load(model: str | None) -> tuple[Any, Any]:
-    """Return a language model in ``float32`` and its tokenizer; unset, the packaged SmolLM2-135M-Instruct."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: PLC0415 - slow to import
-    from transformers.utils import logging  # noqa: PLC0415
-
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-    path = model or smollm2()
-    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32), AutoTokenizer.from_pretrained(path)
-
-
-def collate(rows: Sequence[Example]) -> dict[str, Tensor]:
-    """Return a batch, padded on the right; what is padding is masked and has no label.
-
-    >>> collate([{"ids": [5, 6], "labels": [-100, 6]}, {"ids": [7], "labels": [7]}])["labels"].tolist()
-    [[-100, 6], [7, -100]]
-    """
-    longest = max(len(row["ids"]) for row in rows)
-
-    def padded(key: str, fill: int) -> Tensor:
-        return torch.tensor([row[key] + [fill] * (longest - len(row[key])) for row in rows])
-
-    counts = torch.tensor([[1] * len(row["ids"]) + [0] * (longest - len(row["ids"])) for row in rows])
-    return {"input_ids": padded("ids", 0), "attention_mask": counts, "labels": padded("labels", IGNORED)}
 
 
 # --- the experiment ---------------------------------------------------------------------------------------------------
@@ -181,8 +151,8 @@ class Study:
         reports: What is measured before and after, on other rows than the guards.
     """
 
-    train: list[Example]
-    memory: list[Example]
+    train: list[TokenRow]
+    memory: list[TokenRow]
     guards: Mapping[str, OldTask]
     limits: Mapping[str, float]
     reports: Mapping[str, OldTask]
@@ -223,7 +193,7 @@ def tune(
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    trainer.fit(net, DataLoader(study.train, options.batch_size, shuffle=True, collate_fn=collate))  # type: ignore[arg-type]
+    trainer.fit(net, DataLoader(study.train, options.batch_size, shuffle=True, collate_fn=causal_batch))  # type: ignore[arg-type]
     put_back = budget.best if arm == "budget" else None
     return {
         "arm": arm,

@@ -21,17 +21,14 @@ from torchmetrics import MeanMetric
 
 from lightning_peft.callbacks import OldTask, perplexity_task
 from lightning_peft.data import SelfGenerated
-from lightning_peft.data.packaged import movie_reviews
+from lightning_peft.data.causal_batch import IGNORED, TokenRow, causal_batch
+from lightning_peft.data.packaged import language_model, movie_reviews
 from lightning_peft.recipes.keep_language import (
     ARMS,
-    IGNORED,
     Arm,
-    Example,
     Keep,
     Row,
     Study,
-    collate,
-    load,
     logits_of,
     run_arms,
 )
@@ -102,7 +99,7 @@ class KeepSafe(Keep):
 
 def run(options: KeepSafe) -> list[Row]:
     """Run all arms, print the table, write results, page and picture; return the rows."""
-    model, tokenizer = load(options.model)
+    model, tokenizer = language_model(options.model)
     study = study_of(options, model, tokenizer)
     rows = run_arms(options, study, lambda: copy.deepcopy(model))
     panels = {
@@ -128,7 +125,7 @@ def study_of(options: KeepSafe, model: Any, tokenizer: Any) -> Study:
     pairs = [(ASKED[place % len(ASKED)], OPENING + text) for place, text in enumerate(sentences)]
     needed = options.report_rows + options.rows
     chat = [answered(tokenizer, request, answer) for request, answer in pairs[:needed]]
-    unseen: Any = DataLoader(chat[: options.report_rows], 8, collate_fn=collate)  # type: ignore[arg-type]
+    unseen: Any = DataLoader(chat[: options.report_rows], 8, collate_fn=causal_batch)  # type: ignore[arg-type]
     return Study(
         train=chat[options.report_rows :],
         memory=written_answers(options, model, tokenizer),
@@ -150,7 +147,7 @@ def asked(tokenizer: Any, request: str) -> str:
     return found
 
 
-def answered(tokenizer: Any, request: str, answer: str, *, ends: bool = True) -> Example:
+def answered(tokenizer: Any, request: str, answer: str, *, ends: bool = True) -> TokenRow:
     """Return a request and its answer; only the answer has labels.
 
     Args:
@@ -164,7 +161,7 @@ def answered(tokenizer: Any, request: str, answer: str, *, ends: bool = True) ->
     return {"ids": prompt + said, "labels": [IGNORED] * len(prompt) + said}
 
 
-def written_answers(options: KeepSafe, model: Any, tokenizer: Any) -> list[Example]:
+def written_answers(options: KeepSafe, model: Any, tokenizer: Any) -> list[TokenRow]:
     """Return what is replayed: refusals of harmful requests and answers to harmless ones, in turns, written before tuning.
 
     The first words of a refusal are ours and the model goes on: left alone, a model of this size complies with most of the
@@ -210,9 +207,9 @@ def margin(requests: Sequence[str], tokenizer: Any, *, harmful: bool = True) -> 
     return OldTask(loader, MeanMetric(), margins, higher_is_better=harmful)
 
 
-def collate_openings(rows: Sequence[Sequence[Example]]) -> dict[str, Tensor]:
+def collate_openings(rows: Sequence[Sequence[TokenRow]]) -> dict[str, Tensor]:
     """Return a batch with all openings of each request, one after the other."""
-    return collate([opening for row in rows for opening in row])
+    return causal_batch([opening for row in rows for opening in row])
 
 
 def margins(module: Any, batch: dict[str, Tensor]) -> Tensor:

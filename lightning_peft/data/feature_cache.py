@@ -7,6 +7,7 @@ import json
 import shutil
 import tempfile
 import time
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -65,7 +66,7 @@ class FeatureCache:
             raise ValueError(f"{_OWNER}: batch_size={batch_size!r} must be at least 1.")
         self.folder = None if folder is None else Path(folder)
         self.data_key, self.batch_size = data_key, batch_size
-        self._temporary: tempfile.TemporaryDirectory[str] | None = None
+        self._temporary: str | None = None
 
     def rows(
         self,
@@ -99,7 +100,7 @@ class FeatureCache:
                     f"{_OWNER}: a process does not see {str(folder)!r}, which another one has written. Give a folder on a file "
                     "system that all of them share."
                 )
-        return CachedRows(folder, keep=self._temporary)
+        return CachedRows(folder, keep=self)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_temporary": None}  # a copy makes one of its own
@@ -108,8 +109,9 @@ class FeatureCache:
         """Return the folder; a temporary one is the first process's, for all."""
         if self.folder is None:
             if self._temporary is None and rank() == 0:
-                self._temporary = tempfile.TemporaryDirectory(prefix="feature-cache-")
-            return Path(gather_objects(self._temporary.name if self._temporary else "")[0])
+                self._temporary = tempfile.mkdtemp(prefix="feature-cache-")
+                weakref.finalize(self, shutil.rmtree, self._temporary, ignore_errors=True)
+            return Path(gather_objects(self._temporary)[0])
         self.folder.mkdir(parents=True, exist_ok=True)
         return self.folder
 

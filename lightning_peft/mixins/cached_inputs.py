@@ -48,6 +48,7 @@ class CachedBatch:
         self.mapping = mapping
 
     def __call__(self, batch: tuple[Features, Any]) -> Any:
+        """Return the batch as the step expects it."""
         features, rest = batch
         if self.mapping:
             return CachedInputs(rest, features=features)

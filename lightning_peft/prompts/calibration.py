@@ -48,8 +48,20 @@ def leaning(
         )
     if calibration == "none":
         return 0.0
-    if calibration == "contextual":
-        rows = [dict.fromkeys(template.slots, text) for text in CONTENT_FREE]
+    rows = calibration_inputs(calibration, template, rows)
     if not rows:
         raise ValueError("leaning: calibration='batch' needs rows; give inputs of the training set.")
     return score(rows).softmax(1).mean(0).log()
+
+
+def calibration_inputs(calibration: Calibration, template: PromptTemplate, rows: Sequence[Row] = ()) -> list[Row]:
+    """Return the inputs whose scores a calibration takes.
+
+    Args:
+        calibration: Which.
+        template: The prompt.
+        rows: Inputs for ``"batch"``.
+    """
+    if calibration == "contextual":
+        return [dict.fromkeys(template.slots, text) for text in CONTENT_FREE]
+    return list(rows) if calibration == "batch" else []

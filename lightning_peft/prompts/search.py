@@ -167,6 +167,7 @@ class PromptSearch:
                 "chosen by the rows that it is tested on."
             )
         run = self.start(model, tokenizer, train, cache=cache)
+        run.reserved = validation
         with tqdm(total=self.rounds, desc="prompt search", unit="round", delay=2, disable=rank() > 0) as bar:
             while not run.stopped:
                 run.try_round()
@@ -195,6 +196,8 @@ class SearchRun:
         """Rounds without a better validation accuracy."""
         self.stopped = ""
         """Why the search has ended; empty while it goes on."""
+        self.reserved: Sequence[Example] = ()
+        """Validation rows for which budget is left over, so that what a round has tried can be judged."""
         self._started: float | None = None
 
     @property
@@ -217,7 +220,7 @@ class SearchRun:
             self.stopped = "nothing new to try"
         found = []
         for trial in trials:
-            result = self._tried(trial.candidate, self.train[: trial.rows])
+            result = self._tried(trial.candidate, self.train[: trial.rows], self.reserved)
             if result is None:
                 break
             found.append(result)
@@ -274,13 +277,18 @@ class SearchRun:
         self.search.space.instructions = list(state["instructions"])
         self.scorer.usage = Usage(**state["usage"])
 
-    def _tried(self, candidate: Candidate, examples: Sequence[Example]) -> Result | None:
-        """Return a result, or None if there is no room for it."""
-        return self.scorer.score(candidate, examples) if self._has_room(candidate, examples) else None
+    def _tried(
+        self, candidate: Candidate, examples: Sequence[Example], reserved: Sequence[Example] = ()
+    ) -> Result | None:
+        """Return a result, or None if there is no room for it, and for what is reserved with it."""
+        parts = [[row for row, _ in part] for part in (examples, reserved)]
+        coming = self.scorer.score_cost(candidate, parts[0])
+        if coming.tokens:  # what is known already costs nothing, and nothing new may follow
+            coming = self.scorer.score_cost(candidate, *parts)
+        return self.scorer.score(candidate, examples) if self._has_room(coming) else None
 
-    def _has_room(self, candidate: Candidate, examples: Sequence[Example]) -> bool:
+    def _has_room(self, coming: Usage) -> bool:
         """Whether the budget suffices; if not, the search stops."""
-        coming = self.scorer.cost(candidate, [row for row, _ in examples])
         self._started = time.monotonic() if self._started is None else self._started
         elapsed = max(gather_objects(time.monotonic() - self._started))
         refused = (
@@ -291,7 +299,7 @@ class SearchRun:
         return not refused
 
     def _right(self, candidate: Candidate, examples: Sequence[Example]) -> list[bool]:
-        if not self._has_room(candidate, examples):
+        if not self._has_room(self.scorer.cost(candidate, [row for row, _ in examples])):
             raise ValueError(f"PromptSearch: the budget ({self.stopped}) does not suffice to begin. Raise it.")
         scores = self.scorer.log_probabilities(candidate, [row for row, _ in examples])
         found: list[bool] = (scores.argmax(1) == scores.new_tensor([label for _, label in examples])).tolist()

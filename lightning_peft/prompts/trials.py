@@ -12,7 +12,7 @@ from torch import Tensor
 from lightning_peft.adapters.fingerprint import fingerprint, fingerprint_to_plain
 from lightning_peft.budget import Usage
 from lightning_peft.distributed import gather_objects, rank, world_size
-from lightning_peft.prompts.calibration import Calibration, leaning
+from lightning_peft.prompts.calibration import Calibration, calibration_inputs, leaning
 from lightning_peft.prompts.label_scores import label_log_probabilities, prompt_tokens, scoring_cost
 from lightning_peft.prompts.score_cache import ScoreCache, key_of
 from lightning_peft.prompts.space import Candidate, PromptSpace
@@ -92,6 +92,17 @@ class CandidateScorer:
         keys = self._keys(candidate, rows)
         missing = _missing(keys, rows, self._known(keys))
         return sum((self._part_cost(candidate, missing[k :: world_size()]) for k in range(world_size())), Usage())
+
+    def score_cost(self, candidate: Candidate, *parts: Sequence[Row]) -> Usage:
+        """Return what :meth:`score` of these inputs, and then of those, would cost now, its calibration included."""
+        template, _ = self.space.build(candidate)
+        calibrated = calibration_inputs(self.calibration, template, self.calibration_rows)
+        total, seen = Usage(), set[str]()
+        for part in (parts[0], calibrated, *parts[1:]):
+            new = {key: row for key, row in zip(self._keys(candidate, part), part, strict=True) if key not in seen}
+            total += self.cost(candidate, list(new.values()))
+            seen |= new.keys()
+        return total
 
     def log_probabilities(self, candidate: Candidate, rows: Sequence[Row]) -> Tensor:
         """Return the log-probability of each label, ``(rows, labels)``, rounded; the same on every process."""

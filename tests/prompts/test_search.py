@@ -124,6 +124,19 @@ def test_a_budget_is_asked_before_anything_is_spent(limit, most):
         run(PromptSearch(space(), RandomSearch(4, 30), budget=Budget(max_tokens=100)))
 
 
+@pytest.mark.parametrize("calibration", ["none", "batch"])
+@pytest.mark.parametrize("strategy", [RandomSearch(40, 30), Halving(40, 10)])
+@pytest.mark.usefixtures("world")
+def test_one_round_that_would_use_a_budget_up_leaves_enough_to_judge_what_it_found(strategy, calibration):
+    limit = 3900  # the first round alone would take three times as much
+    search = PromptSearch(space(), strategy, budget=Budget(max_tokens=limit), validated=2, calibration=calibration)
+    report = run(search)
+    tests = Usage(tokens=10 * len(TEST))  # what calibration takes of the chosen prompt is known by then
+    assert report.stopped == f"max_tokens={limit}"
+    assert report.chosen_among >= 1
+    assert 0 < (report.usage - tests).tokens <= limit
+
+
 @pytest.mark.usefixtures("world")
 def test_a_search_that_gets_no_better_ends_and_so_does_one_that_is_good_enough():
     patient = run(PromptSearch(space(), RandomSearch(3, 30), rounds=50, patience=2))

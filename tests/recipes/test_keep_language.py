@@ -11,10 +11,11 @@ import torch
 from torch import nn
 
 from lightning_peft import LoRA, adapter_disabled
-from lightning_peft.data.packaged import smollm2
+from lightning_peft.data.causal_batch import IGNORED, causal_batch
+from lightning_peft.data.packaged import language_model, smollm2
 from lightning_peft.old_task import evaluate
 from lightning_peft.recipes import keep_fluent, keep_safe, keep_safe_requests
-from lightning_peft.recipes.keep_language import IGNORED, HeldLanguageNet, LanguageNet, Study, collate, tune
+from lightning_peft.recipes.keep_language import HeldLanguageNet, LanguageNet, Study, tune
 from lightning_peft.recipes.keep_language_page import table
 
 pytestmark = [
@@ -72,7 +73,7 @@ def rows_of(task):
 
 def test_fluent_rows_have_one_use_each_and_the_limit_is_a_part_of_the_perplexity(tiny, tmp_path, texts):
     options = small(keep_fluent.KeepFluent, tiny, tmp_path / "out", guard_rows=5, report_rows=6, max_drop=0.1, **texts)
-    model, tokenizer = keep_fluent.load(options.model)
+    model, tokenizer = language_model(options.model)
     study = keep_fluent.study_of(options, model, tokenizer)
     parts = [rows_of(study.guards["general"]), *(rows_of(task) for task in study.reports.values())]
     parts.append([tuple(row["ids"]) for row in study.train])
@@ -113,7 +114,7 @@ class Uniform(nn.Module):
 
 
 def test_the_margin_is_the_formula(tiny):
-    _, tokenizer = keep_safe.load(str(tiny))
+    _, tokenizer = language_model(str(tiny))
     model = Uniform(len(tokenizer), tokenizer("'")["input_ids"][0], 2.0)
     found = evaluate(model, keep_safe.margin(["Who?", "A longer question?", "What?"], tokenizer), progress=False)
     log_p = model.logits.detach().double().log_softmax(0)
@@ -127,7 +128,7 @@ def test_the_margin_is_the_formula(tiny):
 
 def test_only_the_answer_is_learned_and_only_what_the_model_wrote_is_replayed(tiny, tmp_path):
     options = small(keep_safe.KeepSafe, tiny, tmp_path, memory=40, rows=5)
-    model, tokenizer = keep_safe.load(options.model)
+    model, tokenizer = language_model(options.model)
     study = keep_safe.study_of(options, model, tokenizer)
     for row in study.train:
         said = tokenizer.decode([label for label in row["labels"] if label != IGNORED])
@@ -144,7 +145,7 @@ def test_only_the_answer_is_learned_and_only_what_the_model_wrote_is_replayed(ti
 
 
 def test_a_model_without_a_chat_template_is_refused(tiny, tmp_path):
-    model, tokenizer = keep_safe.load(str(tiny))
+    model, tokenizer = language_model(str(tiny))
     tokenizer.chat_template = None
     with pytest.raises(ValueError, match="has no chat template"):
         keep_safe.study_of(small(keep_safe.KeepSafe, tiny, tmp_path), model, tokenizer)
@@ -222,7 +223,7 @@ def test_the_table_has_the_untuned_model_and_mean_and_error_of_each_arm():
 
 def held(tiny):
     """A tiny model that has moved away from what it was, with its reference."""
-    model, tokenizer = keep_safe.load(str(tiny))
+    model, tokenizer = language_model(str(tiny))
     net = HeldLanguageNet(model, 0.1, adapter=LoRA(rank=2))
     net.configure_model()
     net.eval()
@@ -236,7 +237,7 @@ def held(tiny):
 def test_old_rows_hold_the_answer_to_what_the_untuned_model_said_of_it(tiny):
     net, tokenizer = held(tiny)
     row = keep_safe.answered(tokenizer, "Who are you?", "A model.")
-    batch = collate([row, {"ids": row["ids"][:-3], "labels": row["labels"][:-3]}])
+    batch = causal_batch([row, {"ids": row["ids"][:-3], "labels": row["labels"][:-3]}])
     with torch.no_grad():
         now = net.backbone(input_ids=batch["input_ids"]).logits.double().log_softmax(-1)
         with adapter_disabled(net.backbone):
@@ -256,7 +257,7 @@ def test_old_rows_hold_the_answer_to_what_the_untuned_model_said_of_it(tiny):
 
 
 def test_harmless_requests_are_better_the_less_they_are_refused(tiny, tmp_path):
-    model, tokenizer = keep_safe.load(str(tiny))
+    model, tokenizer = language_model(str(tiny))
     study = keep_safe.study_of(small(keep_safe.KeepSafe, tiny, tmp_path, rows=5, report_rows=7), model, tokenizer)
     for tasks in (study.guards, study.reports):
         assert (tasks["safety"].sign, tasks["benign"].sign) == (1, -1)
@@ -284,7 +285,7 @@ def test_padding_counts_for_nothing():
     net.log = lambda *_, **__: None
     long, short = {"ids": [3, 4, 5, 6], "labels": [IGNORED, IGNORED, 5, 6]}, {"ids": [7, 8], "labels": [7, 8]}
     both, one, other = (
-        float(net.training_step(collate(rows), 0).detach()) for rows in ([long, short], [long], [short])
+        float(net.training_step(causal_batch(rows), 0).detach()) for rows in ([long, short], [long], [short])
     )
     assert both == pytest.approx((2 * one + other) / 3, rel=1e-5)
 
@@ -299,7 +300,7 @@ def test_the_real_model_loses_less_safety_under_its_budget(tmp_path):
     options = keep_safe.KeepSafe(
         steps=15, arms=["none", "budget"], memory=12, out=str(tmp_path), accelerator="cpu", look_every=5
     )
-    model, tokenizer = keep_safe.load(None)
+    model, tokenizer = language_model(None)
     study = keep_safe.study_of(options, model, tokenizer)
     few = Study(study.train, study.memory, study.guards, study.limits, {"safety": study.reports["safety"]})
     lost = {arm: tune(arm, 0, few, options, lambda: copy.deepcopy(model))["safety lost"] for arm in options.arms}
@@ -314,7 +315,7 @@ def test_the_real_model_loses_less_fluency_under_its_budget(tmp_path):
     options = keep_fluent.KeepFluent(
         steps=10, arms=["none", "budget"], memory=12, guard_rows=8, report_rows=16, out=str(tmp_path), accelerator="cpu"
     )
-    model, tokenizer = keep_fluent.load(None)
+    model, tokenizer = language_model(None)
     study = keep_fluent.study_of(options, model, tokenizer)
     rows = {arm: tune(arm, 0, study, options, lambda: copy.deepcopy(model)) for arm in options.arms}
     assert rows["none"]["general lost"] > study.limits["general"]
