@@ -106,9 +106,7 @@ def network_for(job: Job, bench: Bench, adapter: Adapter, rows: Sequence[Row]) -
         collate: Any = EncoderRows(tokenizer)
         steps = bench.steps([len(tokenizer(text)["input_ids"]) for text, _ in rows])
         rate = ENCODER_RATES[job.rung]
-        return AdaptedSentenceNet(
-            backbone, len(bench.task.labels), rate, steps, adapter=adapter, backbone="backbone"
-        ), collate
+        return AdaptedSentenceNet(backbone, len(bench.task.labels), rate, steps, adapter=adapter), collate
     template, verbalizer = bench.task.template(), bench.task.verbalizer
     collate = AnswerRows(tokenizer, template, verbalizer)
     steps = bench.steps(
@@ -116,7 +114,7 @@ def network_for(job: Job, bench: Bench, adapter: Adapter, rows: Sequence[Row]) -
     )
     made = AdaptedAnswerNet(
         backbone, tokenizer, RATES[job.rung], steps,
-        adapter=adapter, backbone="backbone", prompt=template, verbalizer=verbalizer,
+        adapter=adapter, prompt=template, verbalizer=verbalizer,
     )  # fmt: skip
     return made, collate
 

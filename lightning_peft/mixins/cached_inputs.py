@@ -40,6 +40,20 @@ class Reads(dict[str, Any]):
         # Its own get does not ask __getitem__.
         return self[name] if name in self else default  # noqa: SIM401
 
+    def items(self) -> Any:
+        """Return everything: all of it counts as read."""
+        self.read |= self.keys()
+        return super().items()
+
+    def values(self) -> Any:
+        """Return everything: all of it counts as read."""
+        self.read |= self.keys()
+        return super().values()
+
+    def not_needed(self) -> set[str]:
+        """Return what was read and is more than a number a row: the network's inputs."""
+        return {name for name in self.read if isinstance(self[name], Tensor) and self[name].dim() > 1}
+
 
 class CachedBatch:
     """Put features into the place of the inputs of a batch."""

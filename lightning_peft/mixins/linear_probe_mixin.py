@@ -198,7 +198,7 @@ class LinearProbeMixin(AdapterMixin):
             read = Reads(inputs) if isinstance(inputs, Mapping) else inputs
             found = self.features(read)
             if isinstance(read, Reads):
-                dropped = read.read - set(self.cached_inputs)
+                dropped = read.not_needed() - set(self.cached_inputs)
                 rest = {key: value for key, value in inputs.items() if key not in dropped}
             return on_cpu(found), on_cpu(rest)
 

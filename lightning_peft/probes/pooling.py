@@ -84,7 +84,7 @@ def hidden_states(network: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[Ten
     """
     body: Any = getattr(network, "base_model", network)
     taken = inspect.signature(body.forward).parameters
-    given = {name: value for name, value in inputs.items() if name in taken and name != "labels"}
+    given = {name: inputs[name] for name in inputs if name in taken and name != "labels"}
     extra = {"use_cache": False} if "use_cache" in taken else {}
     if not given:
         raise ValueError(
