@@ -16,7 +16,6 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 from typing_extensions import override
 
-from lightning_peft.adapters.fingerprint import fingerprint, fingerprint_to_plain
 from lightning_peft.callbacks.measuring import forward_context
 from lightning_peft.callbacks.probe_features import ProbeFeatures, without_adapters
 from lightning_peft.data.cached_rows import CachedRows
@@ -92,7 +91,7 @@ class ProbeBaseline(pl.Callback):
         refuse_pytorch_lightning(type(trainer), _OWNER)
         if stage == "fit":
             self.features.check(pl_module)
-            register_chart(trainer, "Baseline", "against a linear probe", [_KEY, self.monitor])
+            register_chart(trainer, "Baseline", "against a linear probe", [_KEY], beside=[self.monitor])
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -162,9 +161,7 @@ class ProbeBaseline(pl.Callback):
         some = torch.randperm(len(train.dataset), generator=torch.Generator().manual_seed(0))[: self.rows]  # type: ignore[arg-type]
         train = DataLoader(Subset(train.dataset, some.tolist()), **carried_options(train))
         with untouched(pl_module, pl_module.device), without_adapters(pl_module):
-            key = digest_of(
-                [fingerprint_to_plain(fingerprint(pl_module)), str(self.features.head), str(trainer.precision)]
-            )
+            key = digest_of([self.features.key(pl_module), str(trainer.precision)])
             kept = [
                 self._kept(trainer, pl_module, one, key, name) for name, one in (("train", train), ("validation", held))
             ]

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.adapters.attachment import attachment_of
+from lightning_peft.adapters.fingerprint import fingerprint, fingerprint_to_plain
 from lightning_peft.adapters.switch import adapter_disabled
+from lightning_peft.data.content_digest import digest_of
 from lightning_peft.matching import nearest
 from lightning_peft.mixins.cached_inputs import divided
 from lightning_peft.mixins.prompting_mixin import PromptingMixin
@@ -52,6 +54,15 @@ class ProbeFeatures:
         """Return the features and, in a list, the labels of a batch."""
         features = self._into_head(module, batch) if self.head is not None else self._hidden(module, batch)
         return features.detach().float().cpu().contiguous(), [self.labels(batch).cpu()]
+
+    def key(self, module: pl.LightningModule) -> str:
+        """Say which network gives the features: what trains behind them has no part in it."""
+        if self.head is None:
+            return digest_of(fingerprint_to_plain(fingerprint(self._network(module))))
+        prints = fingerprint_to_plain(fingerprint(module))
+        return digest_of(
+            [self.head, {name: one for name, one in prints.items() if not name.startswith(f"{self.head}.")}]
+        )
 
     def labels(self, batch: Any) -> Tensor:
         """Return the labels of a batch, ``(rows,)``.

@@ -93,7 +93,9 @@ def log_figure(trainer: pl.Trainer, key: str, figure: Figure, *, step: int | Non
                 )
 
 
-def register_chart(trainer: pl.Trainer, category: str, chart: str, keys: Sequence[str]) -> None:
+def register_chart(
+    trainer: pl.Trainer, category: str, chart: str, keys: Sequence[str], *, beside: Sequence[str] = ()
+) -> None:
     """Put keys into one chart of TensorBoard's custom scalars page.
 
     The page can be set once per writer, so callbacks register in ``setup``, and the first value logged writes the page.
@@ -104,12 +106,13 @@ def register_chart(trainer: pl.Trainer, category: str, chart: str, keys: Sequenc
         category: Heading of the page's part.
         chart: Title of the chart.
         keys: What it shows.
+        beside: Keys of the user's own, which follow no grammar, in the same chart.
 
     Raises:
         ValueError: For a key that does not follow the grammar.
     """
     charts = _CHARTS.setdefault(trainer, {}).setdefault(category, {}).setdefault(chart, [])
-    charts.extend(key for key in map(check_key, keys) if key not in charts)
+    charts.extend(key for key in (*map(check_key, keys), *beside) if key not in charts)
 
 
 def _write_layout(trainer: pl.Trainer) -> None:
