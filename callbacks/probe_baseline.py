@@ -24,6 +24,7 @@ from lightning_peft.data.feature_cache import FeatureCache
 from lightning_peft.data.mix_loader import MixLoader, carried_options, row_count
 from lightning_peft.distributed import gather_objects
 from lightning_peft.logging import log_values, register_chart
+from lightning_peft.mixins.cached_inputs import targets_of
 from lightning_peft.old_task import untouched
 from lightning_peft.one_lightning import refuse_pytorch_lightning
 from lightning_peft.probes.layer_probe import fit_layers
@@ -159,13 +160,19 @@ class ProbeBaseline(pl.Callback):
             self._loader(validation_loader(trainer), "validation"),
         )
         some = torch.randperm(len(train.dataset), generator=torch.Generator().manual_seed(0))[: self.rows]  # type: ignore[arg-type]
-        train = DataLoader(Subset(train.dataset, some.tolist()), **carried_options(train))
-        with untouched(pl_module, pl_module.device), without_adapters(pl_module):
-            key = digest_of([self.features.key(pl_module), str(trainer.precision)])
-            kept = [
-                self._kept(trainer, pl_module, one, key, name) for name, one in (("train", train), ("validation", held))
-            ]
-        (features, targets), (others, wanted) = ((rows.all(), _targets(rows)) for rows in kept)
+        if isinstance(train.dataset, CachedRows) and isinstance(
+            held.dataset, CachedRows
+        ):  # LinearProbeMixin was before
+            (features, targets), (others, wanted) = _cached(train.dataset, some), _cached(held.dataset)
+        else:
+            train = DataLoader(Subset(train.dataset, some.tolist()), **carried_options(train))
+            with untouched(pl_module, pl_module.device), without_adapters(pl_module):
+                key = digest_of([self.features.key(pl_module), str(trainer.precision)])
+                kept = [
+                    self._kept(trainer, pl_module, one, key, name)
+                    for name, one in (("train", train), ("validation", held))
+                ]
+            (features, targets), (others, wanted) = ((rows.all(), _targets(rows)) for rows in kept)
         solver: Any = "ridge" if targets.is_floating_point() else "lbfgs"
         found = fit_layers(features, targets, (others, wanted), solver=solver)
         # One process says what was found: sums may differ in their last digit.
@@ -209,3 +216,9 @@ class ProbeBaseline(pl.Callback):
 def _targets(rows: CachedRows) -> Tensor:
     assert rows.rest is not None
     return torch.stack([row[0] for row in rows.rest])
+
+
+def _cached(rows: CachedRows, some: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Return features, as of one layer and pooling, and labels of rows that another cache has kept."""
+    features, targets = rows.all()[:, None, None], targets_of(rows)
+    return (features, targets) if some is None else (features[some], targets[some])

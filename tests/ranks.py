@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 import tempfile
 import traceback
@@ -28,7 +29,7 @@ from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.utils.data import DataLoader, DistributedSampler
 from torchmetrics import MeanMetric
 
-from lightning_peft import DistillMixin, LoRA, LoRAMixin, ReplayMixin, save_adapter
+from lightning_peft import DistillMixin, LinearProbeMixin, LoRA, LoRAMixin, ReplayMixin, save_adapter
 from lightning_peft.callbacks import (
     ForgettingBudget,
     ForgettingEvaluation,
@@ -37,11 +38,12 @@ from lightning_peft.callbacks import (
     OldTask,
     Phase,
     Plateau,
+    ProbeBaseline,
     ReplayMixing,
     WeightDrift,
     ZeroInitHead,
 )
-from lightning_peft.distributed import gather_rows, rank, world_size
+from lightning_peft.distributed import gather_objects, gather_rows, rank, world_size
 from lightning_peft.losses import in_batch_contrastive
 from lightning_peft.metrics import RecallAtOne
 from lightning_peft.mixins.prompt_search_mixin import PromptSearchMixin
@@ -287,6 +289,35 @@ def holding_fewer_rows_than_processes() -> Result:
     return trained(DistillToy(), ReplayMixing(memory, ratio=0.05, weight=0.5, seed=3), epochs=3)
 
 
+class ProbedToy(LinearProbeMixin, RankToy):
+    def forward(self, x):
+        return self.head(self.features(x))
+
+    def validation_step(self, batch, batch_idx):
+        x, y = batch
+        self.log("learn/accuracy", (self(x).argmax(1) == y).double().mean(), batch_size=len(y), sync_dist=True)
+
+    def val_dataloader(self):
+        data = rows(16, seed=1, dtype=torch.float64)
+        return DataLoader(data, 3, sampler=DistributedSampler(data, world_size(), rank(), shuffle=False))
+
+
+def probing_from_a_cache() -> Result:
+    """Each process runs a share of the rows through the backbone; a head trains on all of them, another one is solved for."""
+    folder = gather_objects(tempfile.mkdtemp())[0]
+    found: Result = {}
+    for number in range(2):  # the second fit reads what the first one has kept
+        net, baseline = ProbedToy(feature_cache=folder), ProbeBaseline("head")
+        result = trained(net, baseline, epochs=3)
+        found |= {f"{name} {number}": value for name, value in result.items()}
+        found[f"probe {number}"] = baseline.probe_score
+    found |= {f"solved {name}": value for name, value in trained(ProbedToy(solver="ridge")).items()}
+    gather_objects(None)
+    if rank() == 0:
+        shutil.rmtree(folder)
+    return found
+
+
 def searching_for_a_prompt() -> Result:
     """17 validation rows and 30 training rows on two processes: each row counts once, and all choose the same prompt."""
 
@@ -499,6 +530,7 @@ CASES: dict[str, Callable[[], Result]] = {
         mixing_old_rows_in,
         replaying_beside,
         replaying_fewer_rows_than_processes,
+        probing_from_a_cache,
         searching_for_a_prompt,
         holding_tokens,
         holding_fewer_rows_than_processes,
