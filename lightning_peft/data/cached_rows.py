@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +112,14 @@ def write_rows(folder: Path, chunks: Sequence[Path]) -> None:
     array.flush()
     if ragged:
         np.save(folder / "starts.npy", starts)
-    torch.save(rest or None, folder / "rest.pt")
+    torch.save(_stacking(rest) or None, folder / "rest.pt")
     text = json.dumps({"dtype": str(example.dtype).removeprefix("torch.")})
     (folder / "format.json").write_text(text, encoding="utf-8")
+
+
+def _stacking(rest: list[Any]) -> list[Any]:
+    """Return rows without the parts whose shapes differ, of which no batch can be made: ids that were padded, say."""
+    if not rest or not isinstance(rest[0], Mapping):
+        return rest
+    shapes = {name: {getattr(row.get(name), "shape", None) for row in rest} for name in rest[0]}
+    return [{name: row[name] for name, found in shapes.items() if len(found) == 1} for row in rest]

@@ -19,8 +19,8 @@ class CachedInputs(dict[str, Any]):
 
     def __missing__(self, name: str) -> Any:
         raise KeyError(
-            f"{_OWNER}: with a feature cache the batch has no {name!r}: features(inputs) reads it, and only their result is kept. "
-            f"Read it there, or list it: cached_inputs = [{name!r}]."
+            f"{_OWNER}: with a feature cache the batch has no {name!r}: features(inputs) reads it, or its rows differ in shape, "
+            f"and then only features are kept. Read it there, or list it: cached_inputs = [{name!r}]."
         )
 
 

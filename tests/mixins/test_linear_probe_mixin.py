@@ -114,6 +114,7 @@ class Named(LinearProbeMixin, pl.LightningModule):
         ids = torch.tensor([row + [0] * (longest - len(row)) for row, _ in found])
         return {
             "input_ids": ids,
+            "lengths_that_nobody_reads": ids * 0,
             "attention_mask": (ids > 0).long(),
             "labels": torch.tensor([y for _, y in found]),
             "id": ["a"] * len(found),
