@@ -19,14 +19,14 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning_utilities.core.rank_zero import rank_zero_only
 from tqdm.auto import tqdm
 
-from lightning_peft.data.packaged import language_model, minilm
+from lightning_peft.data.packaged import language_model, load_encoder, minilm
 from lightning_peft.recipes.ladder_bench import RUNGS, Bench, Job, Kind, Measured
 from lightning_peft.recipes.ladder_estimate import estimates, show_estimates
 from lightning_peft.recipes.ladder_measures import language_loss, retrieval
 from lightning_peft.recipes.ladder_net import AdaptedSentenceNet
 from lightning_peft.recipes.ladder_page import report
 from lightning_peft.recipes.ladder_rungs import run_job
-from lightning_peft.recipes.ladder_task import LadderTask, read_task
+from lightning_peft.recipes.ladder_task import LadderTask, named, read_task
 from lightning_peft.reporting import finished_rows, save_results
 
 __all__ = ["Ladder", "main", "run"]
@@ -124,8 +124,8 @@ class Ladder:
         for seed in range(self.seeds):
             for shots in self.shots:
                 count = None if shots == "all" else int(shots)
-                found += [Job(rung, self.model or "SmolLM2-135M", False, count, seed) for rung in self.rungs]
-                found += [Job(rung, self.encoder or "MiniLM", True, count, seed) for rung in self.encoder_rungs]
+                found += [Job(rung, named(self.model) or "SmolLM2-135M", False, count, seed) for rung in self.rungs]
+                found += [Job(rung, named(self.encoder) or "MiniLM", True, count, seed) for rung in self.encoder_rungs]
         return found
 
     def about(self) -> dict[str, Any]:
@@ -143,7 +143,7 @@ class Ladder:
             "resume",
         }
         found = {name: value for name, value in asdict(self).items() if name not in skipped}
-        return {**found, "data": Path(self.data).name}
+        return {**found, **{name: named(getattr(self, name)) for name in ("data", "model", "encoder")}}
 
     def command(self) -> str:
         """Return the command that makes the page again."""
@@ -151,7 +151,13 @@ class Ladder:
         preset = QUICK if self.quick else {}
         for name, value in asdict(self).items():
             if value != getattr(usual, name) and name not in {"out", "page", "resume", "accelerator", *preset}:
-                said = Path(value).name if name == "data" else " ".join(value) if isinstance(value, list) else value
+                said = (
+                    named(value)
+                    if name in {"data", "model", "encoder"}
+                    else " ".join(value)
+                    if isinstance(value, list)
+                    else value
+                )
                 words.append(f"--{name}" if value is True else f"--{name} {said}")
         return " ".join(words)
 
@@ -198,12 +204,11 @@ def bench_for(options: Ladder, task: LadderTask, *, encoder: bool) -> tuple[Benc
 
 
 def sentence_encoder(model: str | None) -> tuple[Any, Any]:
-    """Return a sentence encoder without its pooler, which gets no gradient, and its tokenizer."""
-    from transformers import AutoModel, AutoTokenizer  # noqa: PLC0415 - slow to import
+    """Return a sentence encoder and its tokenizer."""
+    from transformers import AutoTokenizer  # noqa: PLC0415 - slow to import
 
     path = model or str(minilm())
-    pooled = {} if model else {"add_pooling_layer": False}
-    return AutoModel.from_pretrained(path, **pooled), AutoTokenizer.from_pretrained(path)
+    return load_encoder(path), AutoTokenizer.from_pretrained(path)
 
 
 @rank_zero_only
@@ -252,7 +257,7 @@ def main(args: list[str] | None = None) -> None:
     parser.add_argument("--resume", action="store_true", help="go on with the killed run in --out")
     parser.add_class_arguments(Ladder, skip={"rungs", "encoder_rungs", "shots", "quick", "resume"})
     warnings.filterwarnings(
-        "ignore", ".*(does not have many workers|exists and is not empty|LeafSpec|eval mode|srun).*"
+        "ignore", ".*(does not have many workers|exists and is not empty|LeafSpec|eval mode|srun|logging interval).*"
     )
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(
         logging.WARNING

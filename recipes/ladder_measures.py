@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -24,7 +23,7 @@ STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 class PeakMemory:
-    """The most memory that this process holds from now on, in bytes: of the GPU if there is one, else resident; nan if unknown."""
+    """The most memory that this process holds from now on, in bytes: of the GPU if there is one, else resident; None if unknown."""
 
     def __init__(self) -> None:
         gc.collect()
@@ -33,12 +32,12 @@ class PeakMemory:
         elif RESET.exists():
             RESET.write_text("5")  # Linux: VmHWM begins anew
 
-    def read(self) -> float:
+    def read(self) -> float | None:
         """Return it."""
         if torch.cuda.is_available():
             return float(torch.cuda.max_memory_allocated())
         if not RESET.exists():
-            return math.nan
+            return None
         line = next(line for line in STATUS.read_text().splitlines() if line.startswith("VmHWM"))
         return float(line.split()[1]) * 1024
 

@@ -12,7 +12,7 @@ from lightning_utilities.core.rank_zero import rank_zero_only
 
 from lightning_peft.files import write_atomic, write_text
 from lightning_peft.recipes.ladder_bench import BACKWARD, RUNGS, TRAIN_JUDGED
-from lightning_peft.recipes.ladder_task import LadderTask
+from lightning_peft.recipes.ladder_task import LadderTask, named
 from lightning_peft.recipes.ladder_verdicts import verdicts
 from lightning_peft.reporting import TextTable
 
@@ -35,16 +35,17 @@ def grouped(rows: Mapping[str, Row]) -> dict[Group, list[Row]]:
     return {group: found[group] for group in sorted(found, key=place)}
 
 
-def spread(values: Sequence[float], digits: int = 3) -> str:
+def spread(values: Sequence[float | None], digits: int = 3) -> str:
     """Return mean and standard deviation over seeds.
 
-    >>> spread([0.5, 0.7], 2), spread([0.5]), spread([float("nan")])
+    >>> spread([0.5, 0.7], 2), spread([0.5]), spread([None])
     ('0.60 ± 0.14', '0.500', '-')
     """
-    if any(math.isnan(value) for value in values):
+    known = [value for value in values if value is not None]
+    if len(known) < len(values):
         return "-"
-    told = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):.{digits}f}{told}"
+    told = f" ± {statistics.stdev(known):.{digits}f}" if len(known) > 1 else ""
+    return f"{statistics.fmean(known):.{digits}f}{told}"
 
 
 def learned_table(groups: Mapping[Group, Sequence[Row]]) -> TextTable:
@@ -93,8 +94,8 @@ def cost_table(groups: Mapping[Group, Sequence[Row]]) -> TextTable:
     for (arm, shots), rows in groups.items():
         lines.append([
             arm, shots, f"{rows[0]['trainable']:,}", f"{round(statistics.fmean(row['stored bytes'] for row in rows)):,}",
-            spread([row["seconds"] for row in rows], 0), spread([row["peak memory"] / 1e6 for row in rows], 0),
-            spread([row["step ms"] for row in rows], 0), spread([row["call ms"] for row in rows], 0),
+            spread([row["seconds"] for row in rows], 0), spread([row["peak memory"] and row["peak memory"] / 1e6 for row in rows],
+            0), spread([row["step ms"] for row in rows], 0), spread([row["call ms"] for row in rows], 0),
             spread([float(row["extra tokens"]) for row in rows], 0),
         ])  # fmt: skip
     return TextTable("What it costs", columns, lines)
@@ -152,8 +153,8 @@ def answers(groups: Mapping[Group, Sequence[Row]], train_rows: int) -> list[str]
 
 def setup(options: Any, task: LadderTask) -> str:
     """Say what was run."""
-    encoder = f" The encoder is {options.encoder or 'MiniLM (packaged)'}." if options.encoder_rungs else ""
-    model = options.model or "SmolLM2-135M-Instruct (packaged; its weights were unpacked from four bits)"
+    encoder = f" The encoder is {named(options.encoder) or 'MiniLM (packaged)'}." if options.encoder_rungs else ""
+    model = named(options.model) or "SmolLM2-135M-Instruct (packaged; its weights were unpacked from four bits)"
     return (
         f"Task: {task.name}, {len(task.labels)} classes; {len(task.train)} training, {len(task.validation)} validation and "
         f"{len(task.test)} test rows. Language model: {model}.{encoder} Budget: {options.budget:,} tokens through the network to "

@@ -52,7 +52,7 @@ def probe(job: Job, bench: Bench, before: float) -> Measured:
         "stored bytes": 4 * (fit.weight.numel() + fit.bias.numel()),
         "seconds": seconds,
         "peak memory": peak,
-        "step ms": float("nan"),
+        "step ms": None,
         "call ms": 1e3 * call_seconds(call, [text for text, _ in task.test[:10]]),
         "extra tokens": 0,
         "forgotten attached": 0.0,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import random
 import time
 from collections.abc import Sequence
@@ -44,7 +43,7 @@ def hard_prompt(job: Job, bench: Bench, before: float) -> Measured:
         "stored bytes": saved.stat().st_size,
         "seconds": seconds,
         "peak memory": peak,
-        "step ms": math.nan,
+        "step ms": None,
         "call ms": 1e3 * call_seconds(
             lambda one: label_log_probabilities(model, tokenizer, [one], template, verbalizer), [row[0] for row in task.test[:10]]
         ),

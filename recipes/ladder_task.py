@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from lightning_peft import PromptTemplate, Verbalizer
 from lightning_peft.data.labelled_texts import read_source
@@ -95,6 +96,11 @@ class LadderTask:
             by_label.setdefault(row[1], []).append(row)
         turns = [own[place] for place in range(len(rows)) for own in by_label.values() if place < len(own)]
         return turns[:count]
+
+
+def named(source: str | None) -> str | None:
+    """Return what a model or a file is called: a hub id, or the last part of a path."""
+    return Path(source).name if source and Path(source).exists() else source
 
 
 def read_task(

@@ -39,12 +39,6 @@ from lightning_peft.recipes.ladder_net import (
 from lightning_peft.recipes.ladder_task import Row
 
 VIRTUAL_TOKENS = 20
-ADAPTERS: dict[Kind, Adapter] = {
-    "soft_prompt": SoftPrompt(tokens=VIRTUAL_TOKENS),
-    "prefix": KVPrefix(tokens=VIRTUAL_TOKENS),
-    "lora": LoRA(rank=8, alpha=16),
-    "full": FullFinetune(),
-}
 RATES: dict[Kind, float] = {"soft_prompt": 3e-2, "prefix": 1e-2, "lora": 1e-3, "full": 3e-5}
 """Learning rates of a language model."""
 ENCODER_RATES: dict[Kind, float] = {"lora": 2e-3, "full": 1e-4}
@@ -52,7 +46,7 @@ ENCODER_RATES: dict[Kind, float] = {"lora": 2e-3, "full": 1e-4}
 
 def train(job: Job, bench: Bench, before: float) -> Measured:
     """Train a copy of the network under the budget, keep what was best on validation rows, and measure it."""
-    adapter, rows, memory = ADAPTERS[job.rung], bench.task.labelled(job.shots, job.seed), PeakMemory()
+    adapter, rows, memory = adapter_for(job, bench), bench.task.labelled(job.shots, job.seed), PeakMemory()
     net, collate = network_for(job, bench, adapter, rows)
     folder = bench.out / "logs" / job.name.replace(", ", "-").replace(" ", "_")
     checkpoint = ModelCheckpoint(folder / "best", monitor="learn/accuracy", mode="max", save_weights_only=True)
@@ -97,6 +91,18 @@ def train(job: Job, bench: Bench, before: float) -> Measured:
     say = sayer(job, bench, net)
     row["call ms"] = 1e3 * call_seconds(lambda text: say([(text, 0)]), [text for text, _ in bench.task.test[:10]])
     return row
+
+
+def adapter_for(job: Job, bench: Bench) -> Adapter:
+    """Return what is added; soft prompt and prefix begin as what the plain prompt asks."""
+    if job.rung == "lora":
+        return LoRA(rank=8, alpha=16)
+    if job.rung == "full":
+        return FullFinetune()
+    task = bench.task
+    text = f"{task.instructions[0]} The answer is one of: {', '.join(task.answers[0][:12])}."
+    kind = SoftPrompt if job.rung == "soft_prompt" else KVPrefix
+    return kind(tokens=VIRTUAL_TOKENS, init="text", text_ids=bench.tokenizer(text)["input_ids"])
 
 
 def network_for(job: Job, bench: Bench, adapter: Adapter, rows: Sequence[Row]) -> tuple[Any, Any]:

@@ -160,11 +160,10 @@ def verdicts(rows: Mapping[str, Sequence[Row]], train_rows: int) -> list[str]:
 
 def rises(rows: Mapping[str, Sequence[Row]], key: str) -> str:
     """Say whether a column rises from rung to rung of the language model, by Spearman's rank correlation."""
-    means = {
-        name: statistics.fmean(row[key] for row in found) for name, found in rows.items() if found and "(" not in name
-    }
-    if len(means) < 3 or any(math.isnan(value) for value in means.values()):
+    own = {name: [row[key] for row in found] for name, found in rows.items() if found and "(" not in name}
+    if len(own) < 3 or any(None in values for values in own.values()):
         return ""
+    means = {name: statistics.fmean(values) for name, values in own.items()}
     order = sorted(range(len(means)), key=list(means.values()).__getitem__)
     ranks = [order.index(number) for number in range(len(means))]
     count = len(ranks)

@@ -17,7 +17,7 @@ from typing_extensions import override
 
 from lightning_peft import AdapterMixin, ReplayMixin, adapter_disabled, merge_adapter, parameter_groups
 from lightning_peft.adapters.peft_format import load_adapter, save_adapter
-from lightning_peft.data.packaged import minilm
+from lightning_peft.data.packaged import load_encoder, minilm
 from lightning_peft.files import write_atomic, write_text
 from lightning_peft.losses import in_batch_contrastive
 from lightning_peft.recipes.sentiment_data import TOKENS, tokenize
@@ -124,17 +124,6 @@ class AdaptedReviewNet(ReplayMixin, AdapterMixin, ReviewNet):
             self.log("replay/drift", drift)
             loss = loss + self.anchor * drift
         return loss
-
-
-def load_encoder(model: str) -> Any:
-    """Load an encoder without its pooler: a layer that never gets a gradient stops DDP."""
-    from transformers import AutoConfig, AutoModel  # noqa: PLC0415 - slow to import
-    from transformers.utils import logging  # noqa: PLC0415
-
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-    pooled = AutoConfig.from_pretrained(model).model_type in {"bert", "roberta", "xlm-roberta", "camembert", "electra"}
-    return AutoModel.from_pretrained(model, **({"add_pooling_layer": False} if pooled else {}))
 
 
 def embed_pair(module: ReviewNet, batch: tuple[dict[str, Tensor], ...]) -> tuple[Tensor, Tensor]:

@@ -115,6 +115,17 @@ def smollm2(cache: str | Path | None = None) -> Path:
     return folder
 
 
+def load_encoder(model: str) -> Any:
+    """Load an encoder without its pooler: a layer that never gets a gradient stops DDP."""
+    from transformers import AutoConfig, AutoModel  # noqa: PLC0415 - slow to import
+    from transformers.utils import logging  # noqa: PLC0415
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    pooled = AutoConfig.from_pretrained(model).model_type in {"bert", "roberta", "xlm-roberta", "camembert", "electra"}
+    return AutoModel.from_pretrained(model, **({"add_pooling_layer": False} if pooled else {}))
+
+
 def language_model(model: str | None = None) -> tuple[Any, Any]:
     """Return a language model in ``float32`` and its tokenizer; unset, the packaged SmolLM2-135M-Instruct."""
     from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: PLC0415 - slow to import
