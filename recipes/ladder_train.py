@@ -39,7 +39,7 @@ from lightning_peft.recipes.ladder_net import (
 from lightning_peft.recipes.ladder_task import Row
 
 VIRTUAL_TOKENS = 20
-RATES: dict[Kind, float] = {"soft_prompt": 3e-2, "prefix": 1e-2, "lora": 1e-3, "full": 3e-5}
+RATES: dict[Kind, float] = {"soft_prompt": 3e-2, "prefix": 1e-2, "lora": 1e-3, "full": 5e-5}
 """Learning rates of a language model."""
 ENCODER_RATES: dict[Kind, float] = {"lora": 2e-3, "full": 1e-4}
 
