@@ -288,14 +288,15 @@ or the GPU's. A call is one text; LoRA is merged before it. Stored: what must be
 
 VERDICTS## Which rung
 
-| What there is | Begin with | Go up when |
-| --- | --- | --- |
-| a handful of labels, or none | a prompt, calibrated on rows without labels | the wording decides the result: search, and look at the gap between validation and test |
-| an interface that gives scores only | prompt and search | nothing else can be had |
-| hidden states, and labels | the probe, first of all: it is fitted in seconds once the features are there | its accuracy lies below what is needed; the best layer's says what the network knows |
-| many tasks on one network that stays as it is | soft prompts or prefixes: a few kilobytes a task, and rows of several tasks in one batch | calls must not get longer |
-| one task, and calls that must not get dearer | LoRA, merged afterwards | it falls short of full fine-tuning by more than the test rows can tell |
-| enough labels and memory, and no other use of the network | full fine-tuning | - |
+- A handful of labels, or none: a prompt, calibrated on rows without labels. If the wording decides the result, search, and look at
+  the gap between validation and test.
+- An interface that gives scores only: prompt and search; nothing else can be had.
+- Hidden states and labels: the probe, first of all; it is fitted in seconds once the features are there. The best layer's accuracy
+  says what the network knows, and whether to go on.
+- Many tasks on one network that stays as it is: soft prompts or prefixes, some kilobytes a task, rows of several tasks in one
+  batch, while calls may get longer.
+- One task, and calls that must not get dearer: LoRA, merged afterwards.
+- Enough labels and memory, and no other use of the network: full fine-tuning, if the test rows can tell it from LoRA.
 
 What must not be forgotten is another matter: see [forgetting](forgetting.md).
 
