@@ -156,7 +156,7 @@ class KVPrefix(Adapter):
     def _read(self, model: nn.Module, hosts: PromptHosts, modules: list[nn.Module], ids: Tensor) -> list[Tensor]:
         """Return keys and values that the attention modules have for tokens; more than there are positions are read in parts."""
         parts: list[dict[nn.Module, Tensor]] = []
-        for part in ids.split(hosts.max_length or self.tokens):
+        for part in torch.split(ids, hosts.max_length or self.tokens):
             call = {"input_ids": part[None], "attention_mask": torch.ones_like(part[None])}
             if hosts.positions is None and "position_ids" in hosts.inputs and not self.offset_positions:
                 # Rotary positions only count distances: the text ends just before position 0.
