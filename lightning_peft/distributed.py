@@ -98,6 +98,22 @@ def refuse_unsupported(trainer: pl.Trainer, owner: str) -> None:
         )
 
 
+def refuse_sharded(trainer: pl.Trainer, owner: str) -> None:
+    """Stop a run in which each process runs as many forwards as its own rows need.
+
+    Raises:
+        ValueError: For FSDP, DeepSpeed and whatever else gathers weights in every forward: the processes would wait for each
+            other for ever.
+    """
+    if isinstance(trainer.strategy, DeepSpeedStrategy) or not isinstance(
+        trainer.strategy, SingleDeviceStrategy | DDPStrategy
+    ):
+        raise ValueError(
+            f"{owner}: under {type(trainer.strategy).__name__} every forward needs all processes, and a prompt takes as many as "
+            "the rows of a process need. Use a single device or strategy='ddp'."
+        )
+
+
 def names_with_state(trainer: pl.Trainer, pl_module: pl.LightningModule) -> list[str]:
     """List the parameters for which an optimizer has a state: those that have taken a step."""
     states = [optimizer.state for optimizer in trainer.optimizers]

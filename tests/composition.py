@@ -37,9 +37,13 @@ from lightning_peft import (
     LoRA,
     LoRAMixin,
     PrefixMixin,
+    PromptingMixin,
+    PromptSearchMixin,
+    PromptTemplate,
     ReplayMixin,
     SoftPrompt,
     SoftPromptMixin,
+    Verbalizer,
     adapted,
 )
 from lightning_peft.callbacks import (
@@ -65,6 +69,8 @@ from lightning_peft.files import write_text
 from lightning_peft.logging import FAMILIES
 from lightning_peft.mixins.der_mixin import LogitMemory
 from lightning_peft.old_task import evaluate
+from lightning_peft.prompts import PromptSearch, PromptSpace, RandomSearch
+from tests.prompts.language_nets import tokenizer
 from tests.toy import Toy, rows, same, weights
 
 ROOT = Path(__file__).parents[1]
@@ -74,7 +80,7 @@ EPOCHS = 3
 class Plain(Toy):
     """The toy on rows in their own order, with a scheduler and without a log where the cell asks for it."""
 
-    scheduler, logs = False, True
+    scheduler, logs, monitored = False, True, "loss"
 
     def __init__(self) -> None:
         super().__init__(lr=0.03)
@@ -150,6 +156,59 @@ class Prefixed(PrefixMixin, Reading):
         super().__init__(adapter=KVPrefix(tokens=2))
 
 
+class Speaking(Plain):
+    """The toy with a small Llama for its backbone: it trains on a row as one embedded token, and reads it in a prompt as words."""
+
+    def __init__(self) -> None:
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        super().__init__()
+        sizes = {"hidden_size": 4, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+        with torch.random.fork_rng():
+            torch.manual_seed(1)
+            self.backbone = LlamaForCausalLM(LlamaConfig(vocab_size=400, initializer_range=0.2, **sizes))
+        self.head, self.tokenizer = torch.nn.Linear(4, 2), tokenizer()
+
+    def forward(self, x):
+        states = self.backbone(inputs_embeds=x[:, None], output_hidden_states=True).hidden_states
+        return self.head(states[-1][:, 0])
+
+    def val_dataloader(self) -> DataLoader:
+        return DataLoader(rows(16, seed=5), 4 // world_size())
+
+
+def words(batch: list[torch.Tensor]) -> tuple[list[str], torch.Tensor]:
+    return [" ".join("good" if number > 0 else "bad" for number in row) for row in batch[0].tolist()], batch[1]
+
+
+FORMS = ["{text}: {answer}", "It was {text}, so {answer}"]
+ANSWERS = Verbalizer(["bad", "good"])
+
+
+class Judging(PromptingMixin, LoRAMixin, Speaking):
+    prompt, verbalizer = PromptTemplate(FORMS[0]), ANSWERS
+
+    def __init__(self) -> None:
+        super().__init__(adapter=LoRA(rank=2, targets=["*v_proj", "*down_proj"]))
+
+    def prompt_inputs(self, batch):
+        return words(batch)
+
+
+class Searching(PromptSearchMixin, Speaking):
+    monitored = "search/validation"
+
+    def __init__(self) -> None:
+        examples = list(zip(*words(rows(6, seed=6)[:]), strict=True))
+        space = PromptSpace(
+            FORMS, [ANSWERS], examples=[(text, int(label)) for text, label in examples], shots=(0, 1, 2)
+        )
+        super().__init__(search=PromptSearch(space, RandomSearch(2, 12), rounds=9))
+
+    def prompt_inputs(self, batch):
+        return words(batch)
+
+
 MODULES: dict[str, Callable[[], Plain]] = {
     "no mixin": Plain,
     "LoRAMixin": WithLoRA,
@@ -157,6 +216,8 @@ MODULES: dict[str, Callable[[], Plain]] = {
     "PrefixMixin": Prefixed,
     "LinearProbeMixin": Probing,
     "FullFinetuneMixin": Full,
+    "PromptingMixin": Judging,
+    "PromptSearchMixin": Searching,
     "ReplayMixin": Rehearsing,
     "DistillMixin": Distilling,
     "DERMixin": Remembering,
@@ -212,8 +273,8 @@ def make(module: str, callback: str) -> pl.Callback:
 # What a feature adds: callbacks, options of the trainer, and what it does to the module.
 FEATURES: dict[str, dict[str, Any]] = {
     "ModelCheckpoint": {},
-    "EarlyStopping": {"callback": lambda: EarlyStopping("loss", min_delta=9.0, patience=1)},
-    "WeightAveraging": {"callback": lambda: EMAWeightAveraging(decay=0.5)},
+    "EarlyStopping": {"callback": lambda net: EarlyStopping(net.monitored, min_delta=9.0, patience=1)},
+    "WeightAveraging": {"callback": lambda net: EMAWeightAveraging(decay=0.5)},
     "LR scheduler": {"scheduler": True},
     "gradient accumulation": {"options": {"accumulate_grad_batches": 2}},
     "clipping": {"options": {"gradient_clip_val": 0.2}},
@@ -230,7 +291,7 @@ def build(module: str, feature: str) -> tuple[Any, Plain]:
 
 
 def fit(given: Any, callbacks: list[pl.Callback], feature: str, ckpt_path: Path | None = None) -> pl.Trainer:
-    added = [FEATURES[feature]["callback"]()] if "callback" in FEATURES[feature] else []
+    added = [FEATURES[feature]["callback"](given)] if "callback" in FEATURES[feature] else []
     trainer = pl.Trainer(
         max_epochs=EPOCHS,
         accelerator="cpu",
@@ -291,6 +352,8 @@ class Witness(pl.Callback):
             "whole network": base_moved,
             "ReplayMixin": net.replay_loss is not None if self.drawn and isinstance(net, ReplayMixin) else True,
             "ZeroInitHead": self.zero_head,
+            "PromptingMixin": isinstance(net, PromptingMixin) and judged(net),
+            "PromptSearchMixin": isinstance(net, PromptSearchMixin) and searched(net, moved),
             "FreezeSchedule": self.trained == {"head.weight", "head.bias"},
             "ReplayMixing": self.drawn > 0,
             "ForgettingEvaluation": getattr(self.watched, "after", {}) == {"old": evaluate(net, old_task())},
@@ -300,8 +363,11 @@ class Witness(pl.Callback):
             **self.protected(),
         }
         of_module = {"LoRAMixin": "LoRA", "adapted": "LoRA", "LinearProbeMixin": "LinearProbeMixin"}
-        of_module |= {"SoftPromptMixin": "prompt", "PrefixMixin": "prompt"}
+        of_module |= {"SoftPromptMixin": "prompt", "PrefixMixin": "prompt", "PromptingMixin": "LoRA"}
         expected = ["head", of_module.get(self.module, "whole network"), "ReplayMixin", type(self.watched).__name__]
+        expected += ["PromptingMixin"] if self.module == "PromptingMixin" else []
+        if self.module == "PromptSearchMixin":
+            expected = ["PromptSearchMixin", type(self.watched).__name__]
         if isinstance(self.watched, WeightInterpolation):  # which may go back all the way
             expected = expected[-1:]
         return [name for name in expected if not done[name]]
@@ -322,9 +388,26 @@ class Witness(pl.Callback):
         }
 
 
+@torch.no_grad()
+def judged(net: Any) -> bool:
+    """Whether the last accuracy is that of the last weights, on all rows."""
+    texts, labels = words(rows(16, seed=5)[:])
+    right = (net.label_scores(texts).argmax(1) == labels).sum()
+    return net.trainer.callback_metrics["learn/accuracy"] == right / 16
+
+
+def searched(net: PromptSearchMixin, moved: set[str]) -> bool:
+    """Whether there was a round for each step, and no weight moved."""
+    return 0 < len(net.report.rounds) == net.trainer.global_step and not moved
+
+
+SPENT = {"search/tokens", "search/forwards", "search/cached"}
+
+
 def ours(trainer: pl.Trainer) -> dict[str, float]:
-    """Return what was logged last under our keys."""
-    return {key: value.item() for key, value in trainer.callback_metrics.items() if key.partition("/")[0] in FAMILIES}
+    """Return what was logged last under our keys, without what a search spends: after a resume its cache begins empty."""
+    found = {key: value.item() for key, value in trainer.callback_metrics.items() if key.partition("/")[0] in FAMILIES}
+    return {key: value for key, value in found.items() if key not in SPENT}
 
 
 def plain(state: Any) -> Any:
@@ -414,7 +497,9 @@ def pairwise() -> list[tuple[str, str, str]]:
     features = list(FEATURES)
     for i, callback in enumerate(PROTECTING):
         cells += [("no mixin", callback, features[(i + turn) % len(features)]) for turn in (0, 3)]
-    return cells + [("LoRAMixin", callback, "ModelCheckpoint") for callback in PROTECTING]
+    cells += [("LoRAMixin", callback, "ModelCheckpoint") for callback in PROTECTING]
+    cells += [("PromptSearchMixin", "ExactResume", feature) for feature in features]  # what it does not refuse
+    return list(dict.fromkeys(cells))
 
 
 def two_processes(names: list[tuple[str, str, str]], folder: Path) -> list[dict[str, str]]:
@@ -462,6 +547,11 @@ is resumed from the end of its first epoch ends bit for bit where the whole run 
 in one process and in two, where nothing else is said). *refused*: an error before training, with the reason below. A compiled run
 (backend `eager`) also ends where the plain one ends, up to 1e-6; torch 2.13 cannot compile a step that calls `self.log`, in any
 LightningModule: the compiled modules log nothing in theirs, and ours do it outside.
+
+PromptingMixin stands before LoRAMixin: the adapter trains, and the last accuracy is that of the last weights on all validation
+rows. Under PromptSearchMixin no weight moves and each step is a round; what a search spends is not compared, since after a resume
+its cache begins empty. A class of PromptSearchMixin and a mixin that trains something is an error as soon as it is written.
+
 Made by `python -m tests.composition docs/composition.md`; the tests make each cell anew.
 """
 

@@ -19,6 +19,7 @@ from lightning_peft.adapters.linear_probe import LinearProbe
 from lightning_peft.adapters.lora import LoRA
 from lightning_peft.adapters.parameter_groups import parameter_groups
 from lightning_peft.adapters.peft_format import from_peft, load_adapter, save_adapter
+from lightning_peft.adapters.prompt_neighbours import nearest_tokens
 from lightning_peft.adapters.soft_prompt import SoftPrompt
 from lightning_peft.adapters.switch import adapter_disabled, adapter_rows, set_adapter
 from lightning_peft.adapters.vera import VeRA
@@ -43,6 +44,7 @@ __all__ = [
     "load_adapter",
     "merge_adapter",
     "merge_adapters",
+    "nearest_tokens",
     "parameter_groups",
     "remove_adapter",
     "save_adapter",

@@ -22,6 +22,7 @@ from lightning_peft.adapters.prompt_hosts import (
     attention_of,
     check_prompt,
     check_text,
+    drawn_words,
     prompt_hosts,
     text_to_length,
 )
@@ -49,14 +50,17 @@ class KVPrefix(Adapter):
 
     Args:
         tokens: Number of prefix tokens.
-        init: ``"random"``: normal with a spread of 0.02, near the zero prefix, which learned better than a wide one in PEFT's
-            published runs; exact zeros would stay equal to each other. ``"text"``: keys and values of ``text_ids``.
-            A decoder then computes what it does with the text in front: with rotary positions always, with learned ones
-            (GPT-2) with ``offset_positions``; in encoders the text would also look at the input, which a prefix cannot.
+        init: Where they start. ``"vocabulary"``: keys and values that the network has for tokens drawn at random, without padding;
+            those of real words, whatever they say, learned better than random ones (section 7.4 there). ``"text"``: for
+            ``text_ids``. A decoder then computes what it does with the text in front: with rotary positions always, with learned
+            ones (GPT-2) with ``offset_positions``; in encoders the text would also look at the input, which a prefix cannot.
+            ``"random"``: normal with a spread of 0.02, near the zero prefix, which learned better than a wide one in PEFT's
+            published runs; exact zeros would stay equal to each other. Networks that read images have no vocabulary, and
+            start so.
         text_ids: Token ids of a text, repeated or cut to ``tokens``.
-        reparametrise: Width of a two-layer network that makes the prefix from one vector per token (section 4.3 there). Every
-            layer has one of its own, not one for all, so that a layer can be computed again by itself (activation
-            checkpointing).
+        reparametrise: Width of a two-layer network that makes the prefix from one vector per token (section 4.3 there); it is
+            drawn at random, whatever ``init`` says. Every layer has one of its own, not one for all, so that a layer can be
+            computed again by itself (activation checkpointing).
         frozen_sink: Keep the first prefix token as it starts. In the text it is the token that attention falls back on;
             needs ``init="text"``.
         offset_positions: Count the input's positions from ``tokens`` on, as behind a text of that length. PEFT does, so
@@ -75,7 +79,7 @@ class KVPrefix(Adapter):
     """
 
     tokens: int = 20
-    init: Literal["random", "text"] = "random"
+    init: Literal["vocabulary", "text", "random"] = "vocabulary"
     text_ids: list[int] | tuple[int, ...] = ()
     reparametrise: int | None = None
     frozen_sink: bool = False
@@ -86,7 +90,7 @@ class KVPrefix(Adapter):
         """Check what can be known without a network."""
         super().__post_init__()
         object.__setattr__(self, "text_ids", tuple(self.text_ids))
-        check_prompt("KVPrefix", self.tokens, self.init, ("random", "text"), tuple(self.text_ids))
+        check_prompt("KVPrefix", self.tokens, self.init, ("vocabulary", "text", "random"), tuple(self.text_ids))
         width = self.reparametrise
         if width is not None and (isinstance(width, bool) or not isinstance(width, int) or width < 1):
             raise ValueError(f"KVPrefix: reparametrise={width!r} must be a whole number of at least 1, or None.")
@@ -134,22 +138,33 @@ class KVPrefix(Adapter):
 
     def start_values(self, model: nn.Module, hosts: PromptHosts, modules: list[nn.Module]) -> list[Tensor]:
         """Return what the prefix starts as, one of shape ``(2, kv_heads, tokens, head_dim)`` for every module."""
-        if self.init == "text":
-            return self._text_values(model, hosts, modules)
-        random = torch.Generator().manual_seed(self.seed)
+        random, device = torch.Generator().manual_seed(self.seed), hosts.base.device
+        ids = self._ids(hosts, random)
+        if ids is not None and device.type != "meta":
+            return self._read(model, hosts, modules, ids.to(device))
         shapes = [_prefix_shape(module) for module in modules]
-        device = hosts.base.device
         return [(SPREAD * torch.randn(2, kv, self.tokens, dim, generator=random)).to(device) for kv, dim in shapes]
 
-    def _text_values(self, model: nn.Module, hosts: PromptHosts, modules: list[nn.Module]) -> list[Tensor]:
-        ids = text_to_length(tuple(self.text_ids), self.tokens)[None].to(hosts.base.device)
-        call = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        if hosts.positions is None and "position_ids" in hosts.inputs and not self.offset_positions:
-            # Rotary positions only count distances: the text ends just before position 0.
-            call["position_ids"] = torch.arange(-self.tokens, 0, device=ids.device)[None]
-        with pretrained_eval(model), capturing(modules) as captured:
-            hosts.base(**call)
-        return [captured[module] for module in modules]
+    def _ids(self, hosts: PromptHosts, random: torch.Generator) -> Tensor | None:
+        """Return the tokens that the prefix starts at, ``(tokens,)``; None for none."""
+        if self.init == "text":
+            return text_to_length(tuple(self.text_ids), self.tokens)
+        if self.init == "random" or self.reparametrise is not None or hosts.words is None:
+            return None
+        return drawn_words(hosts.words, self.tokens, random)
+
+    def _read(self, model: nn.Module, hosts: PromptHosts, modules: list[nn.Module], ids: Tensor) -> list[Tensor]:
+        """Return keys and values that the attention modules have for tokens; more than there are positions are read in parts."""
+        parts: list[dict[nn.Module, Tensor]] = []
+        for part in torch.split(ids, hosts.max_length or self.tokens):
+            call = {"input_ids": part[None], "attention_mask": torch.ones_like(part[None])}
+            if hosts.positions is None and "position_ids" in hosts.inputs and not self.offset_positions:
+                # Rotary positions only count distances: the text ends just before position 0.
+                call["position_ids"] = torch.arange(-self.tokens, 0, device=part.device)[None]
+            with pretrained_eval(model), capturing(modules) as captured:
+                hosts.base(**call)
+            parts.append(captured)
+        return [torch.cat([captured[module] for captured in parts], 2) for module in modules]
 
     def _update(self, start: Tensor, dtype: torch.dtype, depth: int) -> PrefixUpdate:
         if self.reparametrise is not None:

@@ -97,7 +97,7 @@ def prefix_from_config(config: Mapping[str, Any], model: nn.Module) -> KVPrefix:
     Raises:
         ValueError: If a field is missing.
     """
-    return KVPrefix(tokens=_count(config), offset_positions=True, train_also=_heads(config, model))
+    return KVPrefix(tokens=_count(config), init="random", offset_positions=True, train_also=_heads(config, model))
 
 
 def _count(config: Mapping[str, Any]) -> int:

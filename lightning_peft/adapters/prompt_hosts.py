@@ -209,6 +209,12 @@ def text_to_length(text_ids: tuple[int, ...], tokens: int) -> Tensor:
     return torch.tensor([text_ids[i % len(text_ids)] for i in range(tokens)])
 
 
+def drawn_words(words: nn.Embedding, tokens: int, random: torch.Generator) -> Tensor:
+    """Return the ids of as many tokens of the vocabulary, drawn at random, without padding."""
+    known = [i for i in range(words.num_embeddings) if i != words.padding_idx]
+    return torch.tensor(known)[torch.randint(len(known), (tokens,), generator=random)]
+
+
 def check_prompt(owner: str, tokens: int, init: str, inits: tuple[str, ...], text_ids: tuple[int, ...]) -> None:
     """Check the values that every kind of prompt has.
 

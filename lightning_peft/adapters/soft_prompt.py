@@ -21,6 +21,7 @@ from lightning_peft.adapters.prompt_hosts import (
     PromptUpdate,
     check_prompt,
     check_text,
+    drawn_words,
     prompt_hosts,
     text_to_length,
 )
@@ -131,8 +132,7 @@ class SoftPrompt(Adapter):
         if self.init == "text":
             ids = text_to_length(tuple(self.text_ids), self.tokens)
         else:
-            known = [i for i in range(words.num_embeddings) if i != words.padding_idx]
-            ids = torch.tensor(known)[torch.randint(len(known), (self.tokens,), generator=random)]
+            ids = drawn_words(words, self.tokens, random)
         with pretrained_eval(model):  # the module and not its weight: some scale what they look up
             found: Tensor = words(ids.to(words.weight.device))
         return found

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -15,7 +15,7 @@ from typing_extensions import override
 from lightning_peft.data.mix_loader import carried_options
 from lightning_peft.distributed import gather_objects, rank, world_size
 from lightning_peft.logging import log_values, register_chart
-from lightning_peft.mixins.order import refuse_order
+from lightning_peft.mixins.order import is_mixin, refuse_order
 from lightning_peft.mixins.prompting_mixin import PromptingMixin
 from lightning_peft.prompts.score_cache import ScoreCache, key_of
 from lightning_peft.prompts.search import PromptSearch, SearchReport, SearchRun
@@ -50,7 +50,9 @@ class PromptSearchMixin(PromptingMixin):
         **kwargs: Handed on to the module, ``prompt`` and ``verbalizer`` to :class:`PromptingMixin`.
 
     Raises:
-        ValueError: When a fit begins, without a search, or without validation rows.
+        TypeError: When a class is made, together with a mixin that trains something.
+        ValueError: When a fit begins, without a search, without validation rows, or with a callback of ours that acts on
+            training; of these only ``ExactResume`` has anything to do in a search.
     """
 
     search: PromptSearch | None = None
@@ -61,6 +63,13 @@ class PromptSearchMixin(PromptingMixin):
         """Refuse an order of bases in which the mixin would be skipped."""
         super().__init_subclass__(**kwargs)
         refuse_order(cls, PromptSearchMixin)
+        training = [base for base in cls.__mro__[1:] if is_mixin(base) and not issubclass(PromptSearchMixin, base)]
+        if training:
+            raise TypeError(
+                f"{cls.__name__}: {training[0].__name__} is there to train, and a fit of PromptSearchMixin trains nothing. Train a "
+                f"class {cls.__name__}(PromptingMixin, {training[0].__name__}, ...); before or after, search for its prompt with "
+                "PromptSearch(...).run(net.language_model, net.tokenizer, train, validation)."
+            )
 
     def __init__(
         self, *args: Any, search: PromptSearch | None = None, score_cache: str | Path | None = None, **kwargs: Any
@@ -89,6 +98,20 @@ class PromptSearchMixin(PromptingMixin):
         if self.search_run is None or not self.search_run.judged:
             raise ValueError(f"{type(self).__name__}: nothing has been found yet. Call trainer.fit first.")
         return self.search_run.report()
+
+    @override
+    def configure_callbacks(self) -> Any:
+        """Refuse callbacks that act on training, before their ``setup`` has changed anything."""
+        mine = super().configure_callbacks()
+        if self.trainer.state.fn == "fit":
+            given: list[Any] = [*cast("Any", self.trainer).callbacks, *(mine if isinstance(mine, Sequence) else [mine])]
+            idle = [type(callback).__name__ for callback in given if _acts_on_training(callback)]
+            if idle:
+                raise ValueError(
+                    f"{type(self).__name__}: {', '.join(idle)} would have nothing to act on: this fit searches for a prompt "
+                    "and trains nothing. Leave it out, or train with PromptingMixin."
+                )
+        return mine
 
     @override
     def setup(self, stage: str) -> None:
@@ -149,16 +172,25 @@ class PromptSearchMixin(PromptingMixin):
 
     @override
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        self._try_round()
+        return self.search_anchor * 0.0
+
+    # A compiled step calls this as it is: a search would take long to trace, and gain nothing.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _try_round(self) -> None:
         assert self.search_run is not None
         if not self.search_run.stopped:
             self.search_run.try_round()
-        return self.search_anchor * 0.0
 
     @override
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         if self.trainer.state.fn != "fit":
             super().validation_step(batch, batch_idx)
-            return
+        else:
+            self._see(batch)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _see(self, batch: Any) -> None:
         for row, label in self._examples(batch):
             self._seen[key_of(row if isinstance(row, str) else dict(row), label)] = (row, label)
 
@@ -214,8 +246,15 @@ class PromptSearchMixin(PromptingMixin):
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
+        checkpoint["state_dict"].setdefault("search_anchor", torch.zeros(()))  # WeightAveraging asks for it
         self._state = checkpoint.get(_KEY)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Load weights, with or without the number of no effect."""
         return super().load_state_dict({"search_anchor": torch.zeros(()), **state_dict}, *args, **kwargs)
+
+
+def _acts_on_training(callback: Any) -> bool:
+    """Whether a callback is one of ours, or made from one, and not only there to resume."""
+    ours = [kind for kind in type(callback).__mro__ if kind.__module__.startswith("lightning_peft.callbacks.")]
+    return bool(ours) and all(kind.__name__ != "ExactResume" for kind in ours)

@@ -14,7 +14,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from typing_extensions import override
 
 from lightning_peft.budget import Usage
-from lightning_peft.distributed import gather_objects
+from lightning_peft.distributed import gather_objects, refuse_sharded
 from lightning_peft.mixins.order import refuse_order
 from lightning_peft.old_task import untouched
 from lightning_peft.prompts.calibration import Calibration, leaning
@@ -31,8 +31,10 @@ class PromptingMixin(pl.LightningModule):
 
     ``class Reviews(PromptingMixin, MyModule)`` with a language model of transformers and its ``tokenizer`` in the module.
     ``validation_step`` and ``test_step`` log ``learn/accuracy`` and ``learn/test_accuracy``; ``predict_step`` returns labels and
-    scores. A training step is the module's own. With ``answer_by = "writing"`` the model writes freely, and
-    :meth:`parse_answer` finds the label in what it wrote.
+    scores. With ``answer_by = "writing"`` the model writes freely, and :meth:`parse_answer` finds the label in what it wrote.
+
+    A training step is the module's own, so the mixin stands beside any other: ``class Reviews(PromptingMixin, LoRAMixin,
+    MyModule)`` learns what ``MyModule`` trains and is judged by the prompt.
 
     The prompt is in the checkpoint, as plain data, and comes back with it.
 
@@ -47,7 +49,7 @@ class PromptingMixin(pl.LightningModule):
 
     Raises:
         TypeError: When a class is made, for an order of bases in which the mixin would be skipped.
-        ValueError: When a run begins, without prompt, verbalizer, model or tokenizer.
+        ValueError: When a run begins, without prompt, verbalizer, model or tokenizer, and with a strategy that shards weights.
     """
 
     prompt: PromptTemplate | None = None
@@ -160,6 +162,8 @@ class PromptingMixin(pl.LightningModule):
         labels = [self.parse_answer(text) for text in written]
         return torch.tensor([-1 if label is None else label for label in labels]), written
 
+    # A compiled step calls this as it is: the tokenizer and the prompts in it would take long to trace, and gain nothing.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _judge(self, batch: Any, key: str) -> None:
         metric = cast("MulticlassAccuracy", self._accuracies[key])
         rows, labels = self.prompt_inputs(batch)
@@ -180,6 +184,11 @@ class PromptingMixin(pl.LightningModule):
 
     @override
     def predict_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
+        found: dict[str, Any] = self._predict(batch)
+        return found
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _predict(self, batch: Any) -> dict[str, Any]:
         labels, told = self.answers(self.prompt_inputs(batch)[0])
         names = self._told()[1].labels
         said = "scores" if isinstance(told, Tensor) else "written"
@@ -188,6 +197,7 @@ class PromptingMixin(pl.LightningModule):
     @override
     def setup(self, stage: str) -> None:
         super().setup(stage)
+        refuse_sharded(self.trainer, type(self).__name__)
         _, verbalizer = self._told()
         self._tokenizer()
         self.language_model  # noqa: B018 - its error is better now than at the first batch

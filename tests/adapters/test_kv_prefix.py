@@ -29,6 +29,7 @@ from tests.adapters.prompt_nets import (
     without_dropout,
 )
 from tests.adapters.zoo import stir
+from tests.toy import same
 
 
 class TestKVPrefix(PromptLaws):
@@ -71,7 +72,8 @@ def test_with_learned_positions_a_text_counts_if_the_caller_counts_it():
 def test_eager_and_sdpa_are_equal_also_when_changed_later(family):
     def moved(attention: str) -> nn.Module:
         torch.manual_seed(0)
-        return stir(add_adapter(network(family, attention=attention), KVPrefix(tokens=TOKENS)))
+        # Not at words, which each attention would read in its own precision.
+        return stir(add_adapter(network(family, attention=attention), KVPrefix(tokens=TOKENS, init="random")))
 
     given, eager, sdpa = call(family), moved("eager"), moved("sdpa")
     expected = answer(sdpa, **given)
@@ -117,9 +119,48 @@ def test_peft_agrees_in_outputs_and_gradients(family):
     assert torch.allclose(grads, theirs.prompt_encoder["default"].embedding.weight.grad, rtol=1e-9, atol=1e-9)
 
 
-def test_it_starts_near_zero_and_differently_everywhere():
-    found = torch.stack(prefixes(add_adapter(network("llama"), KVPrefix(tokens=100))))
-    assert found.shape == (LAYERS, 2, 2, 100, DIM // 4)
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bert", "roberta"])
+@pytest.mark.parametrize("offset_positions", [False, True])
+def test_unless_told_it_starts_at_real_tokens_that_the_network_has_read(family, offset_positions):
+    """As a text of the tokens that a soft prompt of the same seed starts at; none of them is padding."""
+    words = network(family).get_input_embeddings().weight
+    options = {"tokens": 12, "seed": 5}
+    (soft,) = adapter_state_dict(add_adapter(network(family), SoftPrompt(**options))).values()
+    ids = torch.cdist(soft, words).argmin(1)
+    assert torch.equal(words[ids], soft)
+    found, text = (
+        adapter_state_dict(add_adapter(network(family), KVPrefix(**options, **more, offset_positions=offset_positions)))
+        for more in ({}, {"init": "text", "text_ids": ids.tolist()})
+    )
+    assert len(found) == LAYERS
+    assert same(found, text)
+
+
+@pytest.mark.parametrize(
+    ("options", "runs"), [({}, 1), ({"init": "random"}, 0), ({"reparametrise": 4}, 0)], ids=["words", "random", "made"]
+)
+def test_the_network_reads_only_what_a_prefix_starts_at(options, runs):
+    base, seen = network("llama"), []
+    base.model.register_forward_hook(lambda *_: seen.append(1))
+    add_adapter(base, KVPrefix(tokens=TOKENS, **options))
+    assert len(seen) == runs
+
+
+def test_what_is_longer_than_the_network_s_positions_is_read_in_parts():
+    text = [5 + i % 40 for i in range(45)]  # GPT-2 here has 30 positions
+    found = prefixes(add_adapter(network("gpt2"), KVPrefix(tokens=45, init="text", text_ids=text)))
+    for start in (0, 30):
+        part = text[start : start + 30]
+        alone = prefixes(add_adapter(network("gpt2"), KVPrefix(tokens=len(part), init="text", text_ids=part)))
+        assert all(
+            torch.equal(ours[:, :, start : start + 30], theirs) for ours, theirs in zip(found, alone, strict=True)
+        )
+
+
+@pytest.mark.parametrize(("family", "options"), [("llama", {"init": "random"}), ("vit", {})])
+def test_at_random_it_starts_near_zero_and_differently_everywhere(family, options):
+    found = torch.stack(prefixes(add_adapter(network(family), KVPrefix(tokens=100, **options))))
+    assert found.shape == (LAYERS, 2, 2 if family == "llama" else 4, 100, DIM // 4)
     assert abs(found.std() / 0.02 - 1) < 0.05
     assert len(found.unique()) > 0.99 * found.numel()
 
@@ -294,8 +335,8 @@ def other_network(kind: str) -> nn.Module:
         ("vit", {"init": "text", "text_ids": [1]}, "KVPrefix: init='text' needs a network that reads text"),
         ("llama", {"init": "text", "text_ids": [-1]}, "text_ids hold -1, and the vocabulary has 50 tokens"),
         ("llama", {"tokens": 0}, "KVPrefix: tokens=0 must be a whole number of at least 1"),
-        ("llama", {"init": "vocabulary"}, r"init='vocabulary' must be one of \['random', 'text'\]"),
-        ("llama", {"text_ids": [3]}, r"init='random' with text_ids=\(3,\)"),
+        ("llama", {"init": "zeros"}, r"init='zeros' must be one of \['vocabulary', 'text', 'random'\]"),
+        ("llama", {"text_ids": [3]}, r"init='vocabulary' with text_ids=\(3,\)"),
         ("llama", {"reparametrise": 0}, "reparametrise=0 must be a whole number of at least 1, or None"),
         ("llama", {"reparametrise": True}, "reparametrise=True must be a whole number"),
         ("llama", {"reparametrise": 4, "init": "text", "text_ids": [3]}, "which cannot start at a text"),

@@ -63,12 +63,15 @@ def as_stored(found):
 
 
 @pytest.mark.parametrize("family", HEADED)
-def test_a_prefix_goes_both_ways(family, tmp_path):
+def test_a_prefix_goes_both_ways(family, tmp_path, monkeypatch):
     head = HEADED[family]
     peft_model = theirs(network(family, head=head), "PrefixTuningConfig", "CAUSAL_LM" if head else "FEATURE_EXTRACTION")
     peft_model.save_pretrained(tmp_path / "theirs")
     expected = answer(peft_model)
-    ours = load_adapter(network(family, head=head), tmp_path / "theirs")
+    ours = network(family, head=head)
+    with monkeypatch.context() as unread:  # the network need not read words whose place the file's values take
+        unread.setattr(KVPrefix, "_read", None)
+        load_adapter(ours, tmp_path / "theirs")
     assert close(answer(ours), expected)
     assert far(answer(network(family, head=head)), expected)
     save_adapter(ours, tmp_path / "ours")
@@ -82,7 +85,7 @@ def test_a_prefix_goes_both_ways(family, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "more", [{}, {"reparametrise": 5}, {"init": "text", "text_ids": [5, 6, 7], "frozen_sink": True}]
+    "more", [{}, {"init": "random"}, {"reparametrise": 5}, {"init": "text", "text_ids": [5, 6, 7], "frozen_sink": True}]
 )
 def test_what_a_prefix_is_made_of_is_in_the_file_by_what_it_makes(more, tmp_path):
     ours = stir(add_adapter(network("gpt2"), KVPrefix(tokens=TOKENS, offset_positions=True, **more)), 0.1)

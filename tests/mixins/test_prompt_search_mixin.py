@@ -7,8 +7,18 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.data import DataLoader
 
-from lightning_peft import Budget
-from lightning_peft.mixins.prompt_search_mixin import PromptSearchMixin
+from lightning_peft import (
+    Budget,
+    DERMixin,
+    DistillMixin,
+    LoRA,
+    LoRAMixin,
+    PromptSearchMixin,
+    ReplayMixin,
+    adapted,
+    add_adapter,
+)
+from lightning_peft.callbacks import ExactResume, FreezeSchedule, GradientFlow, ZeroInitHead
 from lightning_peft.prompts import Coordinate, Halving, PromptSearch, PromptSpace, RandomSearch, Rewrite, Verbalizer
 from tests.mixins.test_prompting_mixin import Module
 from tests.prompts.language_nets import tokenizer
@@ -137,3 +147,57 @@ def test_what_is_missing_is_named_at_once(tmp_path):
         trainer(tmp_path, limit_val_batches=0).fit(Searching(search=search()), datamodule=Data())
     with pytest.raises(ValueError, match="nothing has been found yet"):
         _ = Searching(search=search()).report
+
+
+@pytest.mark.parametrize("mixin", [LoRAMixin, ReplayMixin, DistillMixin, DERMixin])
+def test_a_class_that_would_search_and_train_is_refused_when_it_is_written(mixin):
+    for bases in ((PromptSearchMixin, mixin), (mixin, PromptSearchMixin)):
+        with pytest.raises(
+            TypeError, match=rf"{mixin.__name__} is there to train, and a fit of PromptSearchMixin trains"
+        ):
+            type("Both", (*bases, Module), {})
+    with pytest.raises(TypeError, match="AdapterMixin is there to train"):
+        adapted(Searching, LoRA())
+
+
+def test_a_search_may_stand_on_a_network_that_has_an_adapter(tmp_path):
+    net = Searching(search=search())
+    add_adapter(net.model, LoRA(rank=2))
+    with torch.no_grad():
+        for parameter in net.model.parameters():
+            if parameter.requires_grad:
+                parameter.normal_()
+    flags = {name: parameter.requires_grad for name, parameter in net.named_parameters()}
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    trainer(tmp_path).fit(net, datamodule=Data())
+    assert facts(net.report) == facts(search().run(net.model, tokenizer(), TRAIN, VALIDATION))
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    assert {name: parameter.requires_grad for name, parameter in net.named_parameters()} == flags
+
+
+class Mine(GradientFlow):
+    pass
+
+
+@pytest.mark.parametrize("mine", [False, True])
+@pytest.mark.parametrize("kind", [lambda: FreezeSchedule.head_first("lm_head", steps=1), Mine])
+def test_callbacks_that_act_on_training_are_refused_wherever_they_come_from(kind, mine, tmp_path):
+    net, callback = Searching(search=search()), kind()
+    if mine:
+        Module.configure_callbacks = lambda self: callback
+    try:
+        with pytest.raises(ValueError, match=f"Searching: {type(callback).__name__} would have nothing to act on"):
+            trainer(tmp_path, callbacks=[] if mine else [ExactResume(), callback]).fit(net, datamodule=Data())
+    finally:
+        if mine:
+            del Module.configure_callbacks
+
+
+def test_a_refused_callback_has_done_nothing_yet_and_may_stand_in_a_test(tmp_path):
+    net = Searching(search=search())
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    run = trainer(tmp_path, callbacks=[ZeroInitHead("model.lm_head")])
+    with pytest.raises(ValueError, match="ZeroInitHead would have nothing"):
+        run.fit(net, datamodule=Data())
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    run.test(net, loader(TEST), verbose=False)

@@ -5,9 +5,10 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from lightning_peft.mixins.prompting_mixin import PromptingMixin
+from lightning_peft import FullFinetuneMixin, LoRA, LoRAMixin, PrefixMixin, PromptingMixin, SoftPromptMixin
 from lightning_peft.prompts import PromptTemplate, Verbalizer, label_log_probabilities, leaning
 from tests.prompts.language_nets import llama, tokenizer
+from tests.toy import same, weights
 
 PROMPT = PromptTemplate("Review: {text}\nSentiment: {answer}", instruction="Judge the review.").with_demonstrations(
     [("a joy", "great")]
@@ -152,3 +153,94 @@ def test_what_is_missing_is_named_before_the_first_batch(tmp_path):
 
         class Wrong(Module, PromptingMixin):
             pass
+
+
+# --- beside what trains -----------------------------------------------------------------------------------------------
+
+KNOWN = [("a joy from start", 1), ("a dull film", 0), ("not worth the time", 0), ("a joy to end", 1)]
+
+
+class Learning(Module):
+    """Trains to answer as the rows are labelled, in its own form of them."""
+
+    def training_step(self, batch, batch_idx):
+        answers = [(" bad", " great")[label] for label in batch["label"]]
+        prompts = [PROMPT.prompt(text) for text in batch["text"]]
+        whole = self.tokenizer([*map("".join, zip(prompts, answers, strict=True))], padding=True, return_tensors="pt")
+        lengths = torch.tensor([len(self.tokenizer(prompt)["input_ids"]) for prompt in prompts])
+        asked = torch.arange(whole["input_ids"].shape[1]) < lengths[:, None]
+        labels = whole["input_ids"].masked_fill(asked | (whole["attention_mask"] == 0), -100)
+        return self.model(**whole, labels=labels).loss
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=0.03)
+
+    def train_dataloader(self):
+        return DataLoader([{"text": text, "label": label} for text, label in KNOWN], batch_size=4)
+
+    def val_dataloader(self):
+        rows = [{"text": text, "label": label} for text, label in KNOWN]
+        return DataLoader(rows, batch_size=3, generator=torch.Generator())  # else an iterator draws from the global one
+
+
+@pytest.mark.parametrize("mixin", [LoRAMixin, SoftPromptMixin, PrefixMixin, FullFinetuneMixin])
+@pytest.mark.parametrize("first", [True, False])
+def test_what_any_rung_trains_is_judged_by_the_prompt_and_comes_back_with_it(mixin, first, tmp_path):
+    class Reviews(*((PromptingMixin, mixin) if first else (mixin, PromptingMixin)), Learning):
+        pass
+
+    net, start = Reviews(prompt=PROMPT, verbalizer=WORDS), Prompted(prompt=PROMPT, verbalizer=WORDS)
+    run = trainer(tmp_path, max_epochs=20)
+    run.fit(net)
+    texts, labels = zip(*KNOWN, strict=True)
+    before, after = (label_log_probabilities(one.model, one.tokenizer, texts, PROMPT, WORDS) for one in (start, net))
+    assert (after - before)[range(len(texts)), labels].mean() > 0.5
+    assert run.callback_metrics["learn/accuracy"] == (after.argmax(1) == torch.tensor(labels)).double().mean()
+    predicted = torch.cat([batch["scores"] for batch in run.predict(net, net.val_dataloader())])
+    assert torch.allclose(predicted, after, atol=1e-5)
+    alone = label_log_probabilities(net.model, net.tokenizer, TEXTS, PROMPT, WORDS, share_prefix=False)
+    assert torch.allclose(scores(net), alone, atol=1e-5)
+    run.save_checkpoint(tmp_path / "net.ckpt")
+    again = Reviews.load_from_checkpoint(tmp_path / "net.ckpt", weights_only=True)
+    assert (again.prompt, again.verbalizer) == (PROMPT, WORDS)
+    assert torch.equal(scores(again), scores(net))
+
+
+@pytest.mark.parametrize("answer_by", ["scores", "writing"])
+def test_being_judged_changes_nothing_of_the_training(answer_by, tmp_path):
+    class Reviews(PromptingMixin, LoRAMixin, Learning):
+        pass
+
+    def trained(**options):
+        pl.seed_everything(1, verbose=False)
+        net = Reviews(prompt=PROMPT, verbalizer=WORDS, adapter=LoRA(rank=2, dropout=0.5))
+        net.answer_by, net.calibration, net.max_new_tokens = answer_by, "batch", 2
+        trainer(tmp_path, max_epochs=3, **options).fit(net)
+        return weights(net)
+
+    assert same(trained(), trained(limit_val_batches=0))
+
+
+@pytest.mark.filterwarnings("ignore:.*is a subclass of")
+@pytest.mark.parametrize("stage", ["fit", "validate", "test", "predict"])
+def test_strategies_that_shard_weights_are_refused(stage, tmp_path):
+    from lightning.pytorch.strategies import (
+        DeepSpeedStrategy,
+        FSDPStrategy,
+        ModelParallelStrategy,
+        SingleDeviceStrategy,
+    )
+
+    net = Prompted(prompt=PROMPT, verbalizer=WORDS)
+    run = trainer(tmp_path)
+    net.trainer = run
+    for strategy in (ModelParallelStrategy, FSDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy):
+        run.strategy.__class__, usual = strategy, run.strategy.__class__
+        try:
+            if strategy is SingleDeviceStrategy:
+                net.setup(stage)
+            else:
+                with pytest.raises(ValueError, match=f"Prompted: under {strategy.__name__} every forward needs all"):
+                    net.setup(stage)
+        finally:
+            run.strategy.__class__ = usual
