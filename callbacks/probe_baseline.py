@@ -25,6 +25,7 @@ from lightning_peft.data.mix_loader import MixLoader, carried_options, row_count
 from lightning_peft.distributed import gather_objects
 from lightning_peft.logging import log_values, register_chart
 from lightning_peft.mixins.cached_inputs import targets_of
+from lightning_peft.mixins.prompt_search_mixin import PromptSearchMixin
 from lightning_peft.old_task import untouched
 from lightning_peft.one_lightning import refuse_pytorch_lightning
 from lightning_peft.probes.layer_probe import fit_layers
@@ -156,7 +157,7 @@ class ProbeBaseline(pl.Callback):
     def _fit(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         start = time.perf_counter()
         train, held = (
-            self._loader(trainer.train_dataloader, "training"),
+            self._loader(_training(trainer, pl_module), "training"),
             self._loader(validation_loader(trainer), "validation"),
         )
         some = torch.randperm(len(train.dataset), generator=torch.Generator().manual_seed(0))[: self.rows]  # type: ignore[arg-type]
@@ -211,6 +212,17 @@ class ProbeBaseline(pl.Callback):
                 yield
 
         return self.cache.rows(loader, extract, key=key, name=f"probe {name}", context=context)
+
+
+def _training(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Any:
+    """Return the loader of training rows; a search for a prompt has put another one in its place."""
+    if isinstance(pl_module, PromptSearchMixin):
+        return DataLoader(pl_module.training_rows, 32, collate_fn=_texts_and_labels)  # type: ignore[arg-type]
+    return trainer.train_dataloader
+
+
+def _texts_and_labels(examples: list[tuple[Any, int]]) -> tuple[list[Any], Tensor]:
+    return [row for row, _ in examples], torch.tensor([label for _, label in examples])
 
 
 def _targets(rows: CachedRows) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from typing_extensions import override
@@ -20,7 +21,7 @@ from lightning_peft.mixins.prompting_mixin import PromptingMixin
 from lightning_peft.prompts.score_cache import ScoreCache, key_of
 from lightning_peft.prompts.search import PromptSearch, SearchReport, SearchRun
 from lightning_peft.prompts.trials import Example
-from lightning_peft.train_loader import change_train_loader, leave_train_loader
+from lightning_peft.train_loader import change_train_loader, leave_train_loader, validation_loader
 
 _KEY = "lightning_peft_prompt_search"
 _OWNER = "PromptSearchMixin"
@@ -52,7 +53,7 @@ class PromptSearchMixin(PromptingMixin):
     Raises:
         TypeError: When a class is made, together with a mixin that trains something.
         ValueError: When a fit begins, without a search, without validation rows, or with a callback of ours that acts on
-            training; of these only ``ExactResume`` has anything to do in a search.
+            training; of these only ``ExactResume`` and ``ProbeBaseline`` have anything to do in a search.
     """
 
     search: PromptSearch | None = None
@@ -87,6 +88,11 @@ class PromptSearchMixin(PromptingMixin):
         self._state: dict[str, Any] | None = None
         if self.search is not None and self.prompt is None:
             self.prompt, self.verbalizer = self.search.space.forms[0], self.search.space.verbalizers[0]
+
+    @property
+    def training_rows(self) -> list[Example]:
+        """The rows that candidates are tried on, with their labels; known once a fit has begun."""
+        return self._rows
 
     @property
     def report(self) -> SearchReport:
@@ -169,6 +175,7 @@ class PromptSearchMixin(PromptingMixin):
         if self._state is not None:
             self.search_run.load_state_dict(self._state)
             self._state = None
+        self.search_run.reserved = self._validation_rows()
 
     @override
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
@@ -194,16 +201,30 @@ class PromptSearchMixin(PromptingMixin):
         for row, label in self._examples(batch):
             self._seen[key_of(row if isinstance(row, str) else dict(row), label)] = (row, label)
 
+    def _validation_rows(self) -> list[Example]:
+        """Read the validation loaders once, before the first round: what judging takes must be left over."""
+        found = validation_loader(self.trainer)
+        with isolate_rng():
+            for loader in found if isinstance(found, list | tuple) else [found] * (found is not None):
+                for batch in loader:
+                    self._see(batch)
+        return self._together()
+
+    def _together(self) -> list[Example]:
+        """Return the rows that were seen by all processes; those that a distributed sampler repeats count once."""
+        seen, self._seen = self._seen, {}
+        together: dict[str, Example] = {}
+        for part in gather_objects(seen):
+            together |= part
+        return [together[key] for key in sorted(together)]
+
     @override
     def on_validation_epoch_end(self) -> None:
         super().on_validation_epoch_end()
-        seen, self._seen = self._seen, {}
         if self.trainer.state.fn != "fit" or self.trainer.sanity_checking or self.search_run is None:
+            self._seen = {}
             return
-        together: dict[str, Example] = {}
-        for part in gather_objects(seen):  # rows that a distributed sampler repeats count once
-            together |= part
-        self.search_run.judge([together[key] for key in sorted(together)])
+        self.search_run.judge(self._together())
         report = self.search_run.report()
         self.prompt, self.verbalizer = report.prompt, report.verbalizer
         self._log(report)
@@ -255,6 +276,6 @@ class PromptSearchMixin(PromptingMixin):
 
 
 def _acts_on_training(callback: Any) -> bool:
-    """Whether a callback is one of ours, or made from one, and not only there to resume."""
+    """Whether a callback is one of ours, or made from one, and not only there to resume or to compare."""
     ours = [kind for kind in type(callback).__mro__ if kind.__module__.startswith("lightning_peft.callbacks.")]
-    return bool(ours) and all(kind.__name__ != "ExactResume" for kind in ours)
+    return bool(ours) and all(kind.__name__ not in {"ExactResume", "ProbeBaseline"} for kind in ours)

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from dataclasses import replace
 
 import lightning.pytorch as pl
 import pytest
@@ -15,10 +16,10 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lightning_peft import LoRA, LoRAMixin, PromptTemplate, Verbalizer
+from lightning_peft import LoRA, LoRAMixin, PromptingMixin, PromptSearchMixin, PromptTemplate, Verbalizer
 from lightning_peft.callbacks import ProbeBaseline, ReplayMixing
-from lightning_peft.mixins.prompting_mixin import PromptingMixin
 from lightning_peft.probes import fit_layers, fit_linear, layer_features
+from lightning_peft.prompts import PromptSearch, PromptSpace, RandomSearch
 from tests.prompts.language_nets import llama, tokenizer
 from tests.toy import Toy, rows, same, weights
 
@@ -129,6 +130,23 @@ def test_beside_a_prompt_every_layer_is_tried_on_what_the_model_is_asked(fit, ca
     assert baseline.by_layer == pytest.approx(found.by_layer)
     assert len(baseline.by_layer) == 3
     assert "a linear probe on frozen features (layer" in caplog.text
+
+
+def test_beside_a_search_it_reads_the_rows_of_the_search(fit):
+    class Searching(PromptSearchMixin, Speaking): ...
+
+    space = PromptSpace(
+        ["Review: {text}\nSentiment: {answer}", "{text} {answer}"], [Verbalizer(["negative", "positive"])]
+    )
+    space.forms = [replace(form, chat=False) for form in space.forms]
+    search = PromptSearch(space, RandomSearch(2, 16), rounds=2)
+    beside, alone = ProbeBaseline(monitor="search/validation"), ProbeBaseline()
+    net = Searching(search=search)
+    fit(net, beside, epochs=2)
+    fit(Prompted(prompt=space.forms[0]), alone)
+    assert beside.by_layer == pytest.approx(alone.by_layer)
+    assert beside.best == net.report.validation.accuracy
+    assert "search/validation" in beside.verdict()
 
 
 def test_it_says_in_words_who_was_better():

@@ -201,3 +201,14 @@ def test_a_refused_callback_has_done_nothing_yet_and_may_stand_in_a_test(tmp_pat
         run.fit(net, datamodule=Data())
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
     run.test(net, loader(TEST), verbose=False)
+
+
+def test_a_first_round_that_would_use_the_budget_up_leaves_enough_to_judge(tmp_path):
+    free = Searching(search=search(RandomSearch(6, 20), rounds=1))
+    trainer(tmp_path).fit(free, datamodule=Data())
+    limit = int(0.6 * free.report.usage.tokens)
+    held = Searching(search=search(RandomSearch(6, 20), rounds=1, budget=Budget(max_tokens=limit)))
+    trainer(tmp_path).fit(held, datamodule=Data())
+    assert held.report.stopped == f"max_tokens={limit}"
+    assert held.report.chosen_among >= 1
+    assert held.report.usage.tokens <= limit
