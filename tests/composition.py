@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import traceback
+import types
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -58,6 +59,7 @@ from lightning_peft.callbacks import (
     KLGauge,
     MemoryFill,
     OldTask,
+    ProbeBaseline,
     ReplayMixing,
     WeightDrift,
     WeightInterpolation,
@@ -256,8 +258,9 @@ CALLBACKS: dict[str, Callable[[], pl.Callback]] = {
     "GradientProjection": lambda: GradientProjection(rows(20, seed=3), old_loss, batch_size=4),
     "WeightInterpolation": lambda: WeightInterpolation(old_task(), {"old": old_task()}, alphas=[0.0, 0.5, 1.0]),
     "MemoryFill": lambda: MemoryFill(ReservoirBuffer(8), during="batches"),
+    "ProbeBaseline": lambda: ProbeBaseline("head"),
 }
-PROTECTING = list(CALLBACKS)[-7:]
+PROTECTING = list(CALLBACKS)[-8:]
 """They do not touch how a mixin adds weights, so they stand with two modules only; two mixins stand with what feeds them."""
 ALONE = {"no mixin", "LoRAMixin"}
 FED = {"DistillMixin": ("ReplayMixing", "ExactResume"), "DERMixin": ("ReplayMixing", "ExactResume")}
@@ -282,10 +285,19 @@ FEATURES: dict[str, dict[str, Any]] = {
 }
 
 
-def build(module: str, feature: str) -> tuple[Any, Plain]:
-    """Return what is given to fit, and the module inside it."""
+@torch.compiler.disable  # for it logs
+def validated(net: Any, batch: Any, batch_idx: int) -> None:
+    right = net(batch[0]).argmax(1) == batch[1]
+    net.log("learn/accuracy", right.float().mean(), batch_size=len(right), sync_dist=True)
+
+
+def build(module: str, callback: str, feature: str) -> tuple[Any, Plain]:
+    """Return what is given to fit, and the module inside it; a probe needs validation rows."""
     pl.seed_everything(7, verbose=False)
     net = MODULES[module]()
+    if callback == "ProbeBaseline":
+        net.val_dataloader = lambda: DataLoader(rows(16, seed=5), 4 // world_size())
+        net.validation_step = types.MethodType(validated, net)
     net.scheduler, net.logs = FEATURES[feature].get("scheduler", False), not FEATURES[feature].get("compiled")
     return (torch.compile(net, backend="eager") if FEATURES[feature].get("compiled") else net), net
 
@@ -385,6 +397,7 @@ class Witness(pl.Callback):
             "GradientProjection": True,
             "WeightInterpolation": getattr(watched, "alpha", None) is not None,
             "MemoryFill": len(getattr(watched, "buffer", ())) == 8,
+            "ProbeBaseline": getattr(watched, "probe_score", None) is not None,
         }
 
 
@@ -425,7 +438,7 @@ def cell(module: str, callback: str, feature: str, folder: Path) -> str:
     Raises:
         Exception: Whatever a run raises after it has begun to train.
     """
-    given, whole = build(module, feature)
+    given, whole = build(module, callback, feature)
     start, seen = weights(whole), Witness(module, callback)
     try:
         trainer = fit(given, [seen.watched, seen, every_epoch(folder)], feature)
@@ -439,7 +452,7 @@ def cell(module: str, callback: str, feature: str, folder: Path) -> str:
     if dist.is_initialized() and not as_on_the_first_process(end):
         return "differs between the processes"
     if FEATURES[feature].get("compiled"):
-        _, uncompiled = build(module, feature)
+        _, uncompiled = build(module, callback, feature)
         fit(uncompiled, [make(module, callback)], feature)
         if not all(torch.allclose(value, end[name], rtol=0, atol=1e-6) for name, value in weights(uncompiled).items()):
             return "differs from the run that is not compiled"
@@ -450,7 +463,7 @@ def cell(module: str, callback: str, feature: str, folder: Path) -> str:
 
 def after_resume(module: str, callback: str, feature: str, folder: Path, whole: tuple[Any, ...]) -> str:
     """Go on from the checkpoint of the first epoch and compare weights, steps, state and log with those of the whole run."""
-    given, net = build(module, feature)
+    given, net = build(module, callback, feature)
     watched = make(module, callback)
     trainer = fit(given, [watched, every_epoch(folder)], feature, ckpt_path=folder / "epoch=0.ckpt")
     if not same(weights(net), whole[0]):
