@@ -123,7 +123,7 @@ def report(file: Path, rows: Mapping[str, Row], options: Any, task: LadderTask) 
         "LEARNED": learned.markdown(),
         "COST": cost.markdown(),
         "VERDICTS": f"## What the lecture says\n\n{verdict}\n\n" if said else "",
-        "LAYERS": layers(rows),
+        "LAYERS": layers(rows) + neighbours(rows),
         "COMMAND": options.command(),
     }.items():
         text = text.replace(word, value)
@@ -186,6 +186,21 @@ def layers(rows: Mapping[str, Row]) -> str:
         )
         lines.append(table.markdown())
     return "## What each layer knows\n\n" + "\n\n".join(lines) + "\n"
+
+
+def neighbours(rows: Mapping[str, Row]) -> str:
+    """Return what the soft prompt of the first seed has become: the words that its vectors lie nearest to."""
+    found = [row["near"] for row in rows.values() if "near" in row and row["shots"] == "all" and row["seed"] == 0]
+    if not found:
+        return ""
+    lines = [
+        [str(place), *(f"`{token.replace('|', '¦')}` {value:.2f}" for token, value in zip(*one, strict=True))]
+        for place, one in enumerate(found[0])
+    ]
+    title = "Nearest tokens of each vector, by cosine (`nearest_tokens`), seed 0. A neighbour is not a meaning."
+    return (
+        f"\n## What the soft prompt has become\n\n{TextTable(title, ['vector', 'nearest', '', ''], lines).markdown()}\n"
+    )
 
 
 def draw(file: Path, groups: Mapping[Group, Sequence[Row]]) -> None:

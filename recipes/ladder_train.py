@@ -23,6 +23,7 @@ from lightning_peft import (
     SoftPrompt,
     adapter_disabled,
     merge_adapter,
+    nearest_tokens,
     save_adapter,
 )
 from lightning_peft.freezing import trainable_count
@@ -86,6 +87,9 @@ def train(job: Job, bench: Bench, before: float) -> Measured:
         "lr": net.lr,
         "steps": trainer.global_step,
     }
+    if job.rung == "soft_prompt":
+        near = nearest_tokens(net.backbone, bench.tokenizer, k=3)
+        row["near"] = [[list(one.tokens), list(one.similarities)] for one in near]
     if job.rung == "lora":
         merge_adapter(net.backbone)
     say = sayer(job, bench, net)

@@ -108,6 +108,7 @@ def test_the_page_has_tables_verdicts_and_pictures(whole):
         assert f"{question}" in page.split("What the lecture says")[1]
     assert "(8 labels)" in page
     assert "What each layer knows" in page
+    assert "What the soft prompt has become" in page
     for picture in ("page.png", "page_shots.png"):
         assert (out / picture).read_bytes()[:4] == b"\x89PNG"
         assert f"({picture})" in page
