@@ -21,7 +21,8 @@ from rich.table import Table
 
 from lightning_peft.files import write_text
 from lightning_peft.recipes import ladder
-from lightning_peft.recipes.ladder_page import error_of, grouped
+from lightning_peft.recipes.ladder_page import grouped
+from lightning_peft.recipes.ladder_pictures import error_of
 from lightning_peft.recipes.ladder_verdicts import accuracy_difference
 
 TREC = ("description", "entity", "abbreviation", "human", "location", "number")

@@ -22,7 +22,8 @@ from lightning_peft.recipes.ladder import Ladder
 from lightning_peft.recipes.ladder_bench import BACKWARD, RUNGS, Bench, Job
 from lightning_peft.recipes.ladder_measures import PeakMemory, language_loss
 from lightning_peft.recipes.ladder_net import AnswerRows
-from lightning_peft.recipes.ladder_page import draw_shots, grouped, learned_table
+from lightning_peft.recipes.ladder_page import grouped, learned_table
+from lightning_peft.recipes.ladder_pictures import draw_shots
 from lightning_peft.recipes.ladder_task import read_task
 from lightning_peft.recipes.ladder_verdicts import Difference, accuracy_difference, overfit_difference, rises, verdicts
 from tests.prompts.language_nets import llama, tokenizer
