@@ -48,7 +48,7 @@ class Ladder:
         seeds: Runs of each rung, from seed 0 on.
         shots: Labelled rows that may be learned: numbers, or all.
         budget: Tokens that each rung may put through the network to learn; a training token counts as three.
-        batch_size: Rows of a training step.
+        batch_size: Rows of a training step, of all processes together.
         classes: Most classes, the first ones of their sorted names; unset, all. Judging a text takes a forward for each answer.
         train_rows: Most training rows.
         validation_rows: Rows that choose.

@@ -64,14 +64,15 @@ def train(job: Job, bench: Bench, before: float) -> Measured:
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    size = min(bench.batch_size, len(rows))
+    size = max(1, min(bench.batch_size, len(rows)) // trainer.world_size)
     loader: Any = DataLoader(rows, size, shuffle=True, collate_fn=collate, drop_last=True)  # type: ignore[arg-type]
     held: Any = DataLoader(bench.task.validation, 64, collate_fn=collate if job.encoder else texts_and_labels)  # type: ignore[arg-type]
     trainer.fit(net, loader, held)
     peak, trained = memory.read(), trainable_count(net)
     best = torch.load(checkpoint.best_model_path, map_location="cpu", weights_only=False)["state_dict"]
     net.load_state_dict(best, strict=False)
-    Path(checkpoint.best_model_path).unlink()  # of a whole network it is large
+    trainer.strategy.barrier()
+    Path(checkpoint.best_model_path).unlink(missing_ok=True)  # of a whole network it is large
     attached, detached = forgotten(job, bench, net, before)
     row = {
         **judged(sayer(job, bench, net), bench.task, rows),

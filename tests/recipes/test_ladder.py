@@ -5,6 +5,7 @@ import math
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -143,6 +144,27 @@ def test_a_rung_is_the_same_by_itself_as_after_others(given, tmp_path):
     assert {key: value for key, value in row.items() if key not in timed} == {
         key: value for key, value in other.items() if key not in timed
     }
+
+
+@pytest.mark.large
+def test_two_processes_climb_it_too(given, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={port}"]
+    command += ["-m", "lightning_peft.recipes.ladder", "--devices", "2", "--strategy", "ddp"]
+    options = {"rungs": ["lora", "search", "prompt"], "encoder_rungs": ["full", "probe"]}
+    for name, value in vars(small(given, tmp_path / "two", **options)).items():
+        if value != getattr(Ladder(), name):
+            command += [f"--{name}", *(value if isinstance(value, list) else [str(value)])]
+    run = subprocess.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-4000:]
+    two = json.loads((tmp_path / "two" / "results.json").read_text())["arms"]
+    assert len(two) == 5
+    assert run.stdout.count("What it costs") == 1  # one process reports
+    one = ladder.run(small(given, tmp_path / "one", rungs=["prompt", "search"], encoder_rungs=["probe"]))
+    for name, found in one.items():  # where nothing is drawn in batches, two processes are one
+        assert (two[name]["hits"], two[name]["validation"]) == (found["hits"], found["validation"])
 
 
 def test_all_rungs_of_a_seed_learn_from_the_same_rows_of_each_class_as_many(given):
