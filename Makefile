@@ -31,7 +31,7 @@ check: $(READY)  ## lint, types, import direction
 	$(VENV)/bin/mypy
 	$(RUN) -m pytest -q tests/test_layout.py
 
-bench: $(READY)  ## make the tables of the docs anew (about four hours on two cores)
+bench: $(READY)  ## make the tables of the docs anew (about six hours on two cores)
 	$(RUN) benchmarks/adapter_step.py --page docs/adapter_step.md
 	$(PIP) install -q -c constraints.txt -e ".[bench]"
 	$(RUN) benchmarks/schedules.py
@@ -43,6 +43,8 @@ bench: $(READY)  ## make the tables of the docs anew (about four hours on two co
 	$(RUN) -m lightning_peft.recipes.keep_safe --page docs/keep_safe.md
 	$(RUN) benchmarks/mixing.py
 	$(RUN) benchmarks/prompt_search.py
+	$(RUN) benchmarks/linear_probe.py
+	$(RUN) -m lightning_peft.recipes.ladder --seeds 3 --page docs/ladder.md
 	$(RUN) benchmarks/sentiment.py --tune
 	$(RUN) benchmarks/sentiment.py
 	$(RUN) benchmarks/sentiment.py --ablate --seeds 0

@@ -5,11 +5,13 @@ import math
 import numpy as np
 import pytest
 import torch
-from sklearn.linear_model import LogisticRegression, Ridge
-from sklearn.preprocessing import StandardScaler
 
 from lightning_peft.probes import fit_linear
 from lightning_peft.probes.linear_fit import score_of
+
+pytest.importorskip("sklearn")  # an extra
+from sklearn.linear_model import LogisticRegression, Ridge
+from sklearn.preprocessing import StandardScaler
 
 
 def data(rows=60, width=8, classes=3, seed=0):
