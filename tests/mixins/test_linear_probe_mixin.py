@@ -86,6 +86,46 @@ def test_a_backbone_that_is_another_one_gets_features_of_its_own(fit, tmp_path):
     assert head.calls == 2
 
 
+def test_another_function_or_layer_gets_features_of_its_own(fit, tmp_path):
+    for kind in (Probed, ProbedHere):
+        net = kind(feature_cache=tmp_path / "toy")
+        fit(net)
+        assert net.calls >= 24 + 15
+    for kind in (Named, OtherLayer, OtherPooling):
+        net = kind()
+        net.feature_cache = FeatureCache(tmp_path / "named")
+        fit(net)
+    folders = [folder for folder in (tmp_path / "named").iterdir() if folder.is_dir()]
+    assert len(folders) == 3  # train and validation rows are the same ones here
+
+
+@pytest.mark.parametrize("options", [{"batch_size": 5, "drop_last": True}, {"batch_size": 7}, {"batch_size": 24}])
+def test_batches_are_the_loader_s_own(options, fit):
+    seen = []
+    for cache in (None, True):
+
+        class Noting(Probed):
+            def training_step(self, batch, batch_idx):
+                seen[-1].append(batch[1].tolist())
+                return super().training_step(batch, batch_idx)
+
+        seen.append([])
+        pl.seed_everything(3, verbose=False)
+        net = Noting(feature_cache=cache)
+        net.train_dataloader = lambda: DataLoader(rows(24), shuffle=True, **options)
+        fit(net, epochs=2)
+    assert seen[0] == seen[1]
+
+
+def test_a_second_fit_reads_its_own_rows(fit, tmp_path):
+    net = Probed(feature_cache=tmp_path)
+    fit(net)
+    before = net.calls
+    net.train_dataloader = lambda: DataLoader(rows(12, seed=8), 6)
+    fit(net)
+    assert net.calls - before == 12 + 2  # the validation rows are known
+
+
 class Named(LinearProbeMixin, pl.LightningModule):
     """Batches are mappings, the backbone a transformers model, its features the mixin's own."""
 
@@ -129,6 +169,14 @@ class Named(LinearProbeMixin, pl.LightningModule):
         return DataLoader(data, 4, shuffle=True, collate_fn=self.collate)
 
     val_dataloader = train_dataloader
+
+
+class OtherLayer(Named):
+    layers = (1,)
+
+
+class OtherPooling(Named):
+    pooling = "last"
 
 
 class PooledByAttention(Named):
