@@ -25,6 +25,7 @@ from lightning_peft.heads import output_layer
 from lightning_peft.logging import log_values
 from lightning_peft.mixins.adapter_mixin import AdapterMixin
 from lightning_peft.mixins.cached_inputs import FEATURES, CachedBatch, CachedInputs, Reads, divided, on_cpu, targets_of
+from lightning_peft.mixins.feature_checks import refuse_moving
 from lightning_peft.old_task import untouched
 from lightning_peft.probes.linear_fit import PENALTIES, LinearFit, fit_linear
 from lightning_peft.probes.pooling import Pooling, hidden_features
@@ -59,8 +60,9 @@ class LinearProbeMixin(AdapterMixin):
         **kwargs: Handed on to the module.
 
     Raises:
-        ValueError: When a fit begins, if rows are random, a loader's order is not known, features depend on what trains, or the
-            head is not a linear layer on the features; in training, if the steps do not ask for features or the backbone moves.
+        ValueError: When a fit begins, if rows are random, a loader's order is not known, features depend on what trains or are
+            random in training, or the head is not a linear layer on the features; in training, if the steps do not ask for
+            features or the backbone moves.
     """
 
     feature_cache: FeatureCache | None = None
@@ -207,7 +209,9 @@ class LinearProbeMixin(AdapterMixin):
             with untouched(self, self.device), plugin.forward_context():
                 yield
 
-        self._refuse_trained(loader, context)
+        some = loader.collate_fn([loader.dataset[place] for place in range(min(2, len(loader.dataset)))])  # type: ignore[arg-type]
+        some = trainer.strategy.batch_to_device(plugin.convert_input(some), self.device)
+        refuse_moving(self, self.features, divided(some)[0], context)
         return self.feature_cache.rows(loader, extract, key=self._key(), name=name, context=context)
 
     def _key(self) -> str:
@@ -217,27 +221,6 @@ class LinearProbeMixin(AdapterMixin):
         own = {"pooling": self.pooling, "layers": list(self.layers), "precision": str(self.trainer.precision)}
         prints = {name: [one.shape, one.dtype, one.digest] for name, one in frozen.items()}
         return digest_of([prints, own, list(self.cached_inputs), _sources(type(self))])
-
-    def _refuse_trained(self, loader: DataLoader[Any], context: Callable[[], Any]) -> None:
-        """Stop before features are kept that training would change.
-
-        Raises:
-            ValueError: If they depend on what trains.
-        """
-        batch = loader.collate_fn([loader.dataset[0]])
-        batch = self.trainer.strategy.batch_to_device(batch, self.device)
-        trained = [(name, one) for name, one in self.named_parameters() if one.requires_grad]
-        with context(), torch.enable_grad():
-            found = self.features(divided(self.trainer.precision_plugin.convert_input(batch))[0])
-            states = found[0] if isinstance(found, tuple) else found
-            if not states.requires_grad:
-                return
-            grads = torch.autograd.grad(states.float().sum(), [one for _, one in trained], allow_unused=True)
-        moved = [name for (name, _), grad in zip(trained, grads, strict=True) if grad is not None]
-        raise ValueError(
-            f"{type(self).__name__}: features(inputs) depends on {moved[0]!r}, which trains, so its result cannot be kept. Move it "
-            "behind the features, or leave feature_cache out."
-        )
 
     # --- the solvers ------------------------------------------------------------------------------------------------------
 
@@ -257,9 +240,15 @@ class LinearProbeMixin(AdapterMixin):
             )
         targets, held = targets_of(train), targets_of(validation)
         outputs = None if targets.is_floating_point() else layer.out_features
+        chosen: Any = self.solver
         fit = fit_linear(
-            features, targets, (validation.all(), held), solver=self.solver, penalties=self.penalties, outputs=outputs  # type: ignore[arg-type]
-        )  # fmt: skip
+            features,
+            targets,
+            (validation.all(), held),
+            solver=chosen,
+            penalties=self.penalties,
+            outputs=outputs,
+        )
         with torch.no_grad():
             layer.weight.copy_(fit.weight)
             if layer.bias is None:

@@ -68,7 +68,9 @@ def test_the_cached_run_is_the_uncached_one_and_the_backbone_runs_once(kind, dro
     for end, values in zip(ends[1:], heard[1:], strict=True):
         assert all(torch.allclose(ends[0][name], end[name], atol=1e-6, rtol=0) for name in end)
         assert values == pytest.approx(heard[0], abs=1e-6)
-    one_look = 1  # at the first row of each loader, whether its features depend on what trains
+    one_look = (
+        4  # at two rows of each loader, in evaluation and in training, whether training would change their features
+    )
     assert calls == [4 * (24 + 15), 24 + 15 + 2 * one_look, 24 + 15 + 2 * one_look, 2 * one_look]
 
 
@@ -83,7 +85,7 @@ def test_a_backbone_that_is_another_one_gets_features_of_its_own(fit, tmp_path):
     with torch.no_grad():
         head.head.weight += 1  # what trains has no part in it
     fit(head, epochs=1)
-    assert head.calls == 2
+    assert head.calls == 2 * 4
 
 
 def test_another_function_or_layer_gets_features_of_its_own(fit, tmp_path):
@@ -123,7 +125,7 @@ def test_a_second_fit_reads_its_own_rows(fit, tmp_path):
     before = net.calls
     net.train_dataloader = lambda: DataLoader(rows(12, seed=8), 6)
     fit(net)
-    assert net.calls - before == 12 + 2  # the validation rows are known
+    assert net.calls - before == 12 + 2 * 4  # the validation rows are known
 
 
 class Named(LinearProbeMixin, pl.LightningModule):
@@ -288,6 +290,19 @@ def test_what_a_cache_cannot_serve_is_refused(fit):
 
     with pytest.raises(ValueError, match=r"Learned: features\(inputs\) depends on 'head.weight', which trains"):
         fit(Learned(feature_cache=True))
+
+    for layer in (nn.Dropout(0.5), nn.BatchNorm1d(8)):
+
+        class Noisy(LinearProbeMixin, Asking):
+            def features(self, x):
+                return self.between(self.backbone(x))
+
+        net = Noisy(feature_cache=True)
+        net.between = layer.requires_grad_(False)
+        before = weights(net)
+        with pytest.raises(ValueError, match="Noisy: features.inputs. is another one in training than in evaluation"):
+            fit(net)
+        assert same(before, {name: value for name, value in weights(net).items() if name in before})
 
     class Moving(pl.Callback):
         def on_train_batch_start(self, trainer, module, batch, batch_idx):

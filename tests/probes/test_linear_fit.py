@@ -70,6 +70,15 @@ def test_validation_rows_choose_the_penalty_and_of_equal_ones_the_strongest(solv
     torch.testing.assert_close(alone.weight, fit.weight, atol=1e-4, rtol=1e-3)
 
 
+@pytest.mark.parametrize("solver", ["ridge", "lbfgs"])
+def test_where_all_are_equally_right_the_strongest_penalty_is_taken(solver):
+    x = torch.tensor([[-2.0], [-1.0], [1.0], [2.0]])
+    y = torch.tensor([0, 0, 1, 1])
+    fit = fit_linear(x, y, (x, y), solver=solver, penalties=[0.01, 1.0, 0.1])
+    assert [score for _, score in fit.path] == [1.0, 1.0, 1.0]
+    assert fit.penalty == 1.0
+
+
 def test_numbers_are_fitted_by_ridge_and_judged_by_r_squared():
     x, _ = data(300)
     z = (x - x.mean(0)) / x.std(0)
