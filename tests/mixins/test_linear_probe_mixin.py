@@ -119,6 +119,17 @@ def test_batches_are_the_loader_s_own(options, fit):
     assert seen[0] == seen[1]
 
 
+def test_features_are_computed_in_the_trainer_s_precision(fit):
+    ends = []
+    for cache in (None, True):
+        pl.seed_everything(3, verbose=False)
+        net = Probed(feature_cache=cache)
+        fit(net, epochs=2, precision="bf16-mixed")
+        ends.append(weights(net))
+    assert same(*ends)
+    assert net._cached["train"].dtype == torch.bfloat16
+
+
 def test_a_second_fit_reads_its_own_rows(fit, tmp_path):
     net = Probed(feature_cache=tmp_path)
     fit(net)
