@@ -8,10 +8,12 @@ from lightning_peft.prompts.space import Candidate, PromptSpace
 from lightning_peft.prompts.strategies import Bootstrap, Coordinate, Halving, RandomSearch, Rewrite, Strategy, Trial
 from lightning_peft.prompts.template import Demonstration, PromptTemplate
 from lightning_peft.prompts.token_flips import TokenFlips
+from lightning_peft.prompts.tpe import TPE
 from lightning_peft.prompts.verbalizer import Verbalizer
 from lightning_peft.prompts.writing import parsed_label, write_answers
 
 __all__ = [
+    "TPE",
     "Bootstrap",
     "Candidate",
     "Coordinate",

@@ -113,15 +113,23 @@ class PromptSpace:
             generator.randrange(len(self.verbalizers)),
         )
 
-    def draw_demonstrations(self, generator: random.Random, among: Sequence[int] | None = None) -> tuple[int, ...]:
-        """Return random examples in a random order, of each label about as many."""
+    def draw_demonstrations(
+        self, generator: random.Random, among: Sequence[int] | None = None, *, shots: int | None = None
+    ) -> tuple[int, ...]:
+        """Return random examples in a random order, of each label about as many.
+
+        Args:
+            generator: Draws.
+            among: The examples that may be shown; unset, all.
+            shots: How many; unset, one of the space's numbers.
+        """
         pool = list(range(len(self.examples)) if among is None else among)
         generator.shuffle(pool)
         by_label: dict[int, list[int]] = {}
         for number in pool:
             by_label.setdefault(self.examples[number][1], []).append(number)
         turns = [rows[place] for place in range(len(pool)) for rows in by_label.values() if place < len(rows)]
-        chosen = turns[: generator.choice(self.shots)]
+        chosen = turns[: generator.choice(self.shots) if shots is None else shots]
         generator.shuffle(chosen)
         return tuple(chosen)
 

@@ -19,7 +19,16 @@ from lightning_peft import (
     add_adapter,
 )
 from lightning_peft.callbacks import ExactResume, FreezeSchedule, GradientFlow, ZeroInitHead
-from lightning_peft.prompts import Coordinate, Halving, PromptSearch, PromptSpace, RandomSearch, Rewrite, Verbalizer
+from lightning_peft.prompts import (
+    TPE,
+    Coordinate,
+    Halving,
+    PromptSearch,
+    PromptSpace,
+    RandomSearch,
+    Rewrite,
+    Verbalizer,
+)
 from tests.mixins.test_prompting_mixin import Module
 from tests.prompts.language_nets import tokenizer
 
@@ -73,7 +82,7 @@ def facts(report):
     return report.rounds, report.validation, report.prompt, report.verbalizer, report.stopped, report.usage.tokens
 
 
-@pytest.mark.parametrize("strategy", [RandomSearch(4, 20), Halving(6, 8), Coordinate(2, 3, 20)])
+@pytest.mark.parametrize("strategy", [RandomSearch(4, 20), Halving(6, 8), Coordinate(2, 3, 20), TPE(4, 20, startup=4)])
 @pytest.mark.parametrize("by", ["loaders", "datamodule"])
 def test_a_fit_finds_what_the_search_finds_without_a_trainer(strategy, by, tmp_path):
     net = Searching(search=search(strategy))
@@ -115,7 +124,9 @@ def test_a_budget_ends_the_fit_and_the_log_tells_how_it_went(tmp_path):
     assert "search/prompt/text_summary" in log.Tags()["tensors"]
 
 
-@pytest.mark.parametrize("strategy", [RandomSearch(4, 20), Rewrite(lambda told: [f"{told[0][0]} It."], 20)])
+@pytest.mark.parametrize(
+    "strategy", [RandomSearch(4, 20), TPE(4, 20, startup=4), Rewrite(lambda told: [f"{told[0][0]} It."], 20)]
+)
 def test_a_fit_goes_on_from_a_checkpoint_at_its_round(strategy, tmp_path):
     whole = Searching(search=search(strategy))
     trainer(tmp_path).fit(whole, datamodule=Data())

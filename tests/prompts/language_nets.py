@@ -1,5 +1,8 @@
 """Tiny random language models and a small byte-level tokenizer, for fast tests."""
 
+import copy
+import itertools
+from collections.abc import Sequence
 from functools import cache
 
 import torch
@@ -45,6 +48,23 @@ def tokenizer(*, chat: bool = False, bos: bool = False) -> PreTrainedTokenizerFa
 
 def llama() -> torch.nn.Module:
     return LlamaForCausalLM(LlamaConfig(**sizes(), intermediate_size=32, num_key_value_heads=1))
+
+
+def writer(pieces: Sequence[str]) -> tuple[torch.nn.Module, PreTrainedTokenizerFast]:
+    """A Llama whose weights make it answer every chat with these pieces, one token each, and end there; and its tokenizer."""
+    tokens = copy.deepcopy(tokenizer(chat=True))
+    tokens.add_tokens(list(pieces))
+    chain = tokens.convert_tokens_to_ids(["<|assistant|>", *pieces, "<|end|>"])
+    size = 2 * (max(len(tokens), *chain) // 2 + 1)
+    options = {"hidden_size": size, "vocab_size": size, "max_position_embeddings": 8192, "eos_token_id": chain[-1]}
+    model = LlamaForCausalLM(LlamaConfig(**{**sizes(), "num_hidden_layers": 1, **options}, intermediate_size=8))
+    with torch.no_grad():
+        for parameter in [*model.model.layers.parameters(), model.lm_head.weight]:
+            parameter.zero_()  # nothing reaches a token from others,
+        model.model.embed_tokens.weight.copy_(torch.eye(size))
+        for one, following in itertools.pairwise(chain):
+            model.lm_head.weight[following, one] = 1.0  # and what follows is what stands in this table
+    return model.eval(), tokens
 
 
 def mistral() -> torch.nn.Module:

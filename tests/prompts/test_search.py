@@ -12,6 +12,7 @@ import torch
 
 from lightning_peft.budget import Budget, Usage
 from lightning_peft.prompts import (
+    TPE,
     Bootstrap,
     Candidate,
     Coordinate,
@@ -82,7 +83,7 @@ def run(search, **options):
     return search.run(llama(), tokenizer(), TRAIN, VALIDATION, TEST, **options)
 
 
-@pytest.mark.parametrize("strategy", [RandomSearch(12, 100), Halving(16, 25), Coordinate(2, 6, 100)])
+@pytest.mark.parametrize("strategy", [RandomSearch(12, 100), Halving(16, 25), Coordinate(2, 6, 100), TPE(6, 100)])
 @pytest.mark.usefixtures("world")
 def test_a_strategy_finds_a_prompt_near_the_best_one(strategy):
     report = run(PromptSearch(space(), strategy, rounds=8))
@@ -145,7 +146,7 @@ def test_a_search_that_gets_no_better_ends_and_so_does_one_that_is_good_enough()
     assert run(PromptSearch(space(), RandomSearch(8, 50), rounds=50, stop_at=0.7)).stopped == "stop_at=0.7"
 
 
-@pytest.mark.parametrize("strategy", [RandomSearch(5, 40), Halving(8, 20), Coordinate(2, 4, 40)])
+@pytest.mark.parametrize("strategy", [RandomSearch(5, 40), Halving(8, 20), Coordinate(2, 4, 40), TPE(5, 40)])
 @pytest.mark.usefixtures("world")
 def test_a_search_follows_from_its_seed_and_zero_is_one(strategy):
     first, again, other = (run(PromptSearch(space(), strategy, rounds=4, seed=seed)).rounds for seed in (0, 0, 9))
