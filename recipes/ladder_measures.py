@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import gc
 import statistics
 import time
@@ -27,6 +29,8 @@ class PeakMemory:
 
     def __init__(self) -> None:
         gc.collect()
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL("libc.so.6").malloc_trim(0)  # what an earlier rung has given back counts no more
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
         elif RESET.exists():
