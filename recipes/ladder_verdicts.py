@@ -152,9 +152,9 @@ def verdicts(rows: Mapping[str, Sequence[Row]], train_rows: int) -> list[str]:
         lines.append(
             f"Does LoRA forget less? {answer.capitalize()}: full less lora {told} nats per token of general text."
         )
-    for key, unit in (("seconds", "training seconds"), ("peak memory", "peak memory")):
+    for key, what in (("seconds", "Do seconds of learning rise"), ("peak memory", "Does peak memory rise")):
         if line := rises(rows, key):
-            lines.append(f"Does {unit} rise along the ladder? {line}")
+            lines.append(f"{what} along the ladder? {line}")
     return lines
 
 

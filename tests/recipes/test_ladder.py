@@ -279,7 +279,8 @@ def test_verdicts_answer_what_was_run_and_no_more():
     assert any(line.startswith("Does search beat the plain prompt by more than its selection gap? No") for line in said)
     assert any(line.startswith("Does LoRA reach full fine-tuning (to 0.02)? Yes") for line in said)
     assert any(
-        "training seconds rise along the ladder? Yes: rank correlation +1.00 over 5 rungs" in line for line in said
+        "Do seconds of learning rise along the ladder? Yes: rank correlation +1.00 over 5 rungs" in line
+        for line in said
     )
     assert not any("soft prompts" in line for line in said)
     assert verdicts({"prompt": rows["prompt"]}, 100) == []
