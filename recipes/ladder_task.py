@@ -135,8 +135,9 @@ def read_task(
     reviews = set(words) == {"negative", "positive"}
     listed = ", ".join(words) if len(words) <= 12 else ""
     asked = (f"Say which of these the text is: {listed}.",) if listed else ()
+    whole = named(data) or data
     return LadderTask(
-        name=name,
+        name=name if whole.startswith(name) else f"{whole}, {name}",
         labels=labels,
         **rows,
         general=general[:general_rows],
