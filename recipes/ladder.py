@@ -8,6 +8,7 @@ counts as three.
 from __future__ import annotations
 
 import logging
+import shutil
 import time
 import warnings
 from dataclasses import asdict, dataclass, field
@@ -186,6 +187,7 @@ def run(options: Ladder) -> dict[str, Measured]:
         for job in missing:
             bar.set_postfix_str(job.name)
             bench, before = benches[job.encoder]
+            forget_logs(out / "logs" / job.slug)
             start = time.perf_counter()
             row = run_job(job, bench, before)
             rows[job.name] = {**row, "model": job.model, "wall seconds": time.perf_counter() - start}
@@ -215,13 +217,17 @@ def sentence_encoder(model: str | None) -> tuple[Any, Any]:
 
 
 @rank_zero_only
+def forget_logs(folder: Path) -> None:
+    """Remove what an earlier run of a rung has logged, so that its curves do not run into the new ones."""
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@rank_zero_only
 def write(out: Path, rows: dict[str, Measured], about: dict[str, Any], job: Job) -> None:
     """Write all rows so far, and this one into TensorBoard's table of runs."""
     save_results(out, rows, about)
     row = rows[job.name]
-    logger = TensorBoardLogger(
-        out / "logs", name="", version=job.name.replace(", ", "-").replace(" ", "_"), default_hp_metric=False
-    )
+    logger = TensorBoardLogger(out / "logs", name="", version=job.slug, default_hp_metric=False)
     numbers = (
         "accuracy",
         "validation",

@@ -62,6 +62,11 @@ class Job:
         return f"{self.arm}, {self.shots or 'all'} rows, seed {self.seed}"
 
     @property
+    def slug(self) -> str:
+        """What its folder of logs is called."""
+        return self.name.replace(", ", "-").replace(" ", "_")
+
+    @property
     def arm(self) -> str:
         """What the rung is called in tables."""
         return f"{self.rung} (encoder)" if self.encoder else self.rung

@@ -49,7 +49,7 @@ def train(job: Job, bench: Bench, before: float) -> Measured:
     """Train a copy of the network under the budget, keep what was best on validation rows, and measure it."""
     adapter, rows, memory = adapter_for(job, bench), bench.task.labelled(job.shots, job.seed), PeakMemory()
     net, collate = network_for(job, bench, adapter, rows)
-    folder = bench.out / "logs" / job.name.replace(", ", "-").replace(" ", "_")
+    folder = bench.out / "logs" / job.slug
     checkpoint = ModelCheckpoint(folder / "best", monitor="learn/accuracy", mode="max", save_weights_only=True)
     trainer = pl.Trainer(
         **bench.trainer,
