@@ -89,7 +89,8 @@ class ProbeFeatures:
         caught: list[Tensor] = []
         hook = module.get_submodule(self.head or "").register_forward_pre_hook(lambda _, args: caught.append(args[0]))
         try:
-            self.forward(module, batch) if self.forward is not None else module(divided(batch)[0])
+            with torch.compiler.set_stance("force_eager"):  # what was compiled before knows of no hook
+                self.forward(module, batch) if self.forward is not None else module(divided(batch)[0])
         finally:
             hook.remove()
         if len(caught) != 1 or not isinstance(caught[0], Tensor) or caught[0].dim() != 2:

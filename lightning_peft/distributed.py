@@ -8,9 +8,9 @@ later stops the run. So every change of what trains is followed by a new wrap.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import lightning.pytorch as pl
 import torch
@@ -19,6 +19,8 @@ from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, ModelPa
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+
+T = TypeVar("T")
 
 
 def world_size() -> int:
@@ -69,6 +71,30 @@ def gather_objects(value: Any) -> list[Any]:
     values = [None] * world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def together(owner: str, work: Callable[[], T]) -> T:
+    """Do something on this process that needs no other one, and stop on all of them if it fails on one: none waits for ever.
+
+    Args:
+        owner: Who does it; the error of the others begins with it.
+        work: What is done; it must not communicate.
+
+    Raises:
+        RuntimeError: Where it went well, with what failed elsewhere; where it failed, the error itself.
+    """
+    failed: Exception | None = None
+    try:
+        result = work()
+    except Exception as error:
+        failed = error
+    told: list[str] = gather_objects("" if failed is None else f"{type(failed).__name__}: {failed}")
+    if failed is not None:
+        raise failed
+    for number, error_text in enumerate(told):
+        if error_text:
+            raise RuntimeError(f"{owner}: process {number} failed: {error_text}")
+    return result
 
 
 def local_part(tensor: Tensor) -> Tensor:

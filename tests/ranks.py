@@ -43,6 +43,7 @@ from lightning_peft.callbacks import (
     WeightDrift,
     ZeroInitHead,
 )
+from lightning_peft.data import FeatureCache
 from lightning_peft.distributed import gather_objects, gather_rows, rank, world_size
 from lightning_peft.losses import in_batch_contrastive
 from lightning_peft.metrics import RecallAtOne
@@ -318,6 +319,22 @@ def probing_from_a_cache() -> Result:
     return found
 
 
+def features_that_fail_on_one_process() -> Result:
+    """The others hear of it, and wait for nobody."""
+
+    def extract(batch):
+        if rank() == world_size() - 1:
+            raise ValueError("a row is broken")
+        return batch[0], None
+
+    loader = DataLoader(rows(24), 4)
+    try:
+        FeatureCache(batch_size=4).rows(loader, extract, key="broken")
+    except (ValueError, RuntimeError) as error:
+        return {"told": float("a row is broken" in str(error))}
+    return {"told": 0.0}
+
+
 def searching_for_a_prompt() -> Result:
     """17 validation rows and 30 training rows on two processes: each row counts once, and all choose the same prompt."""
 
@@ -531,6 +548,7 @@ CASES: dict[str, Callable[[], Result]] = {
         replaying_beside,
         replaying_fewer_rows_than_processes,
         probing_from_a_cache,
+        features_that_fail_on_one_process,
         searching_for_a_prompt,
         holding_tokens,
         holding_fewer_rows_than_processes,

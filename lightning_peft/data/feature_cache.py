@@ -25,7 +25,7 @@ from lightning_peft.data.batch_rows import batch_rows
 from lightning_peft.data.cached_rows import CachedRows, write_rows
 from lightning_peft.data.content_digest import content_digest, digest_of
 from lightning_peft.data.mix_loader import carried_options, row_count
-from lightning_peft.distributed import gather_objects, rank, world_size
+from lightning_peft.distributed import gather_objects, rank, together, world_size
 from lightning_peft.files import write_atomic
 
 _OWNER = "FeatureCache"
@@ -89,7 +89,7 @@ class FeatureCache:
         count = row_count(loader.dataset, f"{_OWNER}: {name}")
         chunks = [list(range(at, min(at + self.batch_size, count))) for at in range(0, count, self.batch_size)]
         job = _Job(loader, extract, chunks, name, context)
-        job.refuse_random(count)
+        together(_OWNER, lambda: job.refuse_random(count))
         data = self.data_key or job.data_digest()
         folder = self._place() / digest_of([key, data, count, name if self.data_key else "", self.batch_size])[:32]
         with self._alone(folder):
@@ -158,38 +158,42 @@ class _Job:
 
     def data_digest(self) -> str:
         """Return a hash of all batches, the same for every number of processes."""
-        own = {
-            number: content_digest(batch, f"{_OWNER}: {self.name}")
-            for number, batch in _batches(self.loader, self.chunks, f"{self.name}: reading")
-        }
+        batches = _batches(self.loader, self.chunks, f"{self.name}: reading")
+        own = together(
+            _OWNER, lambda: {number: content_digest(batch, f"{_OWNER}: {self.name}") for number, batch in batches}
+        )
         everybody = {number: digest for found in gather_objects(own) for number, digest in found.items()}
         return digest_of([everybody[number] for number in range(len(self.chunks))])
 
     def compute(self, folder: Path) -> None:
         """Let all processes compute their chunks, and the first one put the whole in place."""
         draft, start = folder.with_suffix(".draft"), time.perf_counter()
-        draft.mkdir(exist_ok=True)
         left = [number for number in range(len(self.chunks)) if not (draft / f"{number}.pt").is_file()]
         left = gather_objects(left)[0]
+        together(_OWNER, lambda: self._write_chunks(draft, left))
+        seconds = max(gather_objects(time.perf_counter() - start))
+        together(_OWNER, lambda: self._put_in_place(folder, draft, seconds) if rank() == 0 else None)
+
+    def _write_chunks(self, draft: Path, left: list[int]) -> None:
+        """Compute this process's share of the chunks that are left."""
+        draft.mkdir(exist_ok=True)
+        batches = _batches(self.loader, [self.chunks[number] for number in left], f"{self.name}: features")
         with self.context(), torch.no_grad():
-            for number, batch in _batches(
-                self.loader, [self.chunks[number] for number in left], f"{self.name}: features"
-            ):
+            for number, batch in batches:
                 features, rest = self.extract(batch)
                 _check(features, len(self.chunks[left[number]]), self.name)
                 plain = {"features": features, "rest": batch_rows(rest, _OWNER) if _holds(rest) else None}
                 write_atomic(draft / f"{left[number]}.pt", lambda path, plain=plain: torch.save(plain, path))  # type: ignore[misc]
-        seconds = max(gather_objects(time.perf_counter() - start))
-        if rank() == 0:
-            about = {"rows": sum(map(len, self.chunks)), "seconds": seconds, "name": self.name}
-            whole = folder.with_suffix(".whole")
-            shutil.rmtree(whole, ignore_errors=True)
-            whole.mkdir()
-            write_rows(whole, [draft / f"{number}.pt" for number in range(len(self.chunks))])
-            (whole / "about.json").write_text(json.dumps(about), encoding="utf-8")
-            whole.rename(folder)
-            shutil.rmtree(draft)
-        gather_objects(None)
+
+    def _put_in_place(self, folder: Path, draft: Path, seconds: float) -> None:
+        about = {"rows": sum(map(len, self.chunks)), "seconds": seconds, "name": self.name}
+        whole = folder.with_suffix(".whole")
+        shutil.rmtree(whole, ignore_errors=True)
+        whole.mkdir()
+        write_rows(whole, [draft / f"{number}.pt" for number in range(len(self.chunks))])
+        (whole / "about.json").write_text(json.dumps(about), encoding="utf-8")
+        whole.rename(folder)
+        shutil.rmtree(draft)
 
 
 def _holds(rest: Any) -> bool:

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.compile import from_compiled
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 from torch import nn
@@ -18,6 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from lightning_peft import LoRA, LoRAMixin, PromptingMixin, PromptSearchMixin, PromptTemplate, Verbalizer
 from lightning_peft.callbacks import ProbeBaseline, ReplayMixing
+from lightning_peft.callbacks.probe_features import ProbeFeatures
 from lightning_peft.probes import fit_layers, fit_linear, layer_features
 from lightning_peft.prompts import PromptSearch, PromptSpace, RandomSearch
 from tests.prompts.language_nets import llama, tokenizer
@@ -65,6 +67,16 @@ def test_the_probe_reads_the_pretrained_network_also_where_an_adapter_has_traine
     fit(Judged(), fresh)
     fit(net, tuned)
     assert tuned.probe_score == fresh.probe_score
+
+
+def test_a_compiled_module_is_read_too_also_after_it_has_run():
+    batch = torch.randn(6, 4), torch.zeros(6).long()
+    net = from_compiled(torch.compile(Judged(), backend="eager"))
+    with torch.no_grad():
+        for _ in range(2):
+            net(batch[0])
+        features, _ = ProbeFeatures("test", "head", None, None)(net, batch)
+        assert torch.equal(features[:, 0, 0], net.backbone(batch[0]))
 
 
 def test_rows_limit_what_it_costs_and_a_folder_spares_it(fit, tmp_path):
