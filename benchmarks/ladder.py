@@ -21,6 +21,7 @@ from rich.table import Table
 
 from lightning_peft.files import write_text
 from lightning_peft.recipes import ladder
+from lightning_peft.recipes.ladder_bench import RUNGS
 from lightning_peft.recipes.ladder_page import grouped
 from lightning_peft.recipes.ladder_pictures import error_of
 from lightning_peft.recipes.ladder_verdicts import accuracy_difference
@@ -80,6 +81,8 @@ def main() -> None:
     parser.add_argument("--clinc", type=Path, help="data_full.json")
     parser.add_argument("--seeds", type=int, default=3, help="seeds of each rung (3)")
     parser.add_argument("--shots", nargs="+", default=["all"], help="labelled rows (all)")
+    parser.add_argument("--rungs", nargs="*", default=list(RUNGS), help="rungs of the language model (all)")
+    parser.add_argument("--encoder_rungs", nargs="*", default=["probe", "lora", "full"], help="of the encoder (all)")
     parser.add_argument("--budget", type=int, default=120_000, help="forward tokens of each rung (120000)")
     parser.add_argument("--test_rows", type=int, default=300, help="test rows (300)")
     parser.add_argument("--quick", action="store_true", help="a smoke run")
@@ -91,7 +94,10 @@ def main() -> None:
     torch.set_float32_matmul_precision("high")
     runs = {}
     for name, task in tasks(options).items():
-        shared = {key: getattr(options, key) for key in ("seeds", "shots", "budget", "test_rows", "quick")}
+        shared = {
+            key: getattr(options, key)
+            for key in ("seeds", "shots", "budget", "test_rows", "quick", "rungs", "encoder_rungs")
+        }
         runs[name] = ladder.run(ladder.Ladder(**task, **shared, out=str(options.out / name), resume=True))
     write_text(options.results, json.dumps(show(runs), indent=1) + "\n")
 
