@@ -18,10 +18,11 @@ OVERHEAD = 5.0
 
 @dataclass(frozen=True)
 class Speed:
-    """How fast rows go through a network: tokens of a row, and seconds of a token."""
+    """How fast rows go through a network: tokens of a row, seconds of a token, and how often a row is read to judge it."""
 
     tokens: float
     seconds: float
+    readings: int = 1
 
 
 def speed_of(bench: Bench, job: Job) -> Speed:
@@ -40,7 +41,9 @@ def speed_of(bench: Bench, job: Job) -> Speed:
             start = time.perf_counter()
             bench.network(**batch, **kept)
             seconds = time.perf_counter() - start
-    return Speed(batch["input_ids"].shape[1], seconds / batch["input_ids"].numel())
+    answers = [] if job.encoder else bench.task.verbalizer.tokens(bench.tokenizer, bench.task.template().gap())
+    beginnings = {tokens[:-1] for one in answers for tokens in one}  # a last token is only looked up
+    return Speed(batch["input_ids"].shape[1], seconds / batch["input_ids"].numel(), max(1, len(beginnings)))
 
 
 def estimates(jobs: Sequence[Job], benches: Mapping[bool, tuple[Bench, float]]) -> dict[str, float]:
@@ -54,12 +57,12 @@ def estimates(jobs: Sequence[Job], benches: Mapping[bool, tuple[Bench, float]]) 
         bench, speed, task = benches[job.encoder][0], speeds[job.encoder], benches[job.encoder][0].task
         judged = len(task.validation) + len(task.test) + min(TRAIN_JUDGED, len(task.train))
         if job.rung == "prompt":
-            tokens = (judged + CALIBRATION_ROWS) * speed.tokens
+            tokens = (judged + CALIBRATION_ROWS) * speed.tokens * speed.readings
         elif job.rung == "probe":
             tokens = (judged + len(task.validation) + min(job.shots or len(task.train), len(task.train))) * speed.tokens
         else:
             looks = 0 if job.rung == "search" else bench.checks * len(task.validation)
-            tokens = bench.budget + (judged + looks) * speed.tokens
+            tokens = bench.budget + (judged + looks) * speed.tokens * speed.readings
         found[job.name] = OVERHEAD + tokens * speed.seconds
     return found
 
