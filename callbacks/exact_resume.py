@@ -21,7 +21,7 @@ from lightning_peft.fit_progress import Left, go_on, loads_anew, settle, where
 from lightning_peft.logged_metrics import logged_metrics, set_logged_metrics
 from lightning_peft.one_lightning import refuse_pytorch_lightning
 from lightning_peft.randomness import RandomState, random_state, set_random_state
-from lightning_peft.train_loader import change_train_loader, leave_train_loader
+from lightning_peft.train_loader import change_train_loader, leave_loaders
 
 _OWNER = "ExactResume"
 _GLOBAL_SEED = "PL_GLOBAL_SEED"  # where Lightning's seed_everything leaves the seed that the samplers it adds take
@@ -154,11 +154,11 @@ class ExactResume(pl.Callback):
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        leave_train_loader(trainer, _OWNER)
+        leave_loaders(trainer, _OWNER)
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        leave_train_loader(trainer, _OWNER)
+        leave_loaders(trainer, _OWNER)
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what belongs to a run."""

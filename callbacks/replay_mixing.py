@@ -27,7 +27,7 @@ from lightning_peft.data.streams import Stream
 from lightning_peft.logging import log_values, register_chart
 from lightning_peft.mixins import ReplayMixin
 from lightning_peft.one_lightning import refuse_pytorch_lightning
-from lightning_peft.train_loader import change_train_loader, leave_train_loader
+from lightning_peft.train_loader import change_train_loader, leave_loaders
 
 _OWNER = "ReplayMixing"
 Unit = Literal["rows", "tokens", "loss"]
@@ -274,7 +274,7 @@ class ReplayMixing(pl.Callback):
 
     def _let_go(self, trainer: pl.Trainer) -> None:
         """Drop the loaders of the run."""
-        leave_train_loader(trainer, _OWNER)
+        leave_loaders(trainer, _OWNER)
         self._way = None
 
     @property

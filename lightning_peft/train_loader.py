@@ -37,26 +37,22 @@ def change_train_loader(trainer: pl.Trainer, owner: str, change: Change, *, rows
         change: Takes and returns what the hook or the caller of ``fit`` gave: a loader or a collection of them.
         rows: Whether it changes which rows come. Such changes are made before those that only watch the loader.
     """
-    loop = cast("Any", trainer.fit_loop)
-    if not isinstance(loop._data_source, _Changed):
-        loop._data_source = _Changed(loop._data_source)
-    (loop._data_source.of_rows if rows else loop._data_source.of_loaders)[owner] = change
-
-
-def leave_train_loader(trainer: pl.Trainer, owner: str) -> None:
-    """Take an owner's change back: the trainer may fit on without it."""
-    source = cast("Any", trainer.fit_loop)._data_source
-    if isinstance(source, _Changed):
-        source.of_rows.pop(owner, None)
-        source.of_loaders.pop(owner, None)
+    source = _changed(cast("Any", trainer.fit_loop))
+    (source.of_rows if rows else source.of_loaders)[owner] = change
 
 
 def change_validation_loader(trainer: pl.Trainer, owner: str, change: Change) -> None:
     """Let a function change the validation loaders of this fit; otherwise as :func:`change_train_loader`."""
-    loop = cast("Any", trainer.fit_loop).epoch_loop.val_loop
-    if not isinstance(loop._data_source, _Changed):
-        loop._data_source = _Changed(loop._data_source)
-    loop._data_source.of_rows[owner] = change
+    _changed(cast("Any", trainer.fit_loop).epoch_loop.val_loop).of_rows[owner] = change
+
+
+def leave_loaders(trainer: pl.Trainer, owner: str) -> None:
+    """Take an owner's changes back: the trainer may fit on without it."""
+    fit = cast("Any", trainer.fit_loop)
+    for source in (fit._data_source, fit.epoch_loop.val_loop._data_source):
+        if isinstance(source, _Changed):
+            source.of_rows.pop(owner, None)
+            source.of_loaders.pop(owner, None)
 
 
 def validation_loader(trainer: pl.Trainer) -> Any:
@@ -64,3 +60,11 @@ def validation_loader(trainer: pl.Trainer) -> Any:
     if trainer.val_dataloaders is None and trainer.enable_validation:
         cast("Any", trainer.fit_loop).epoch_loop.val_loop.setup_data()
     return trainer.val_dataloaders
+
+
+def _changed(loop: Any) -> _Changed:
+    """Return a loop's source of loaders, as one that can be changed."""
+    if not isinstance(loop._data_source, _Changed):
+        loop._data_source = _Changed(loop._data_source)
+    source: _Changed = loop._data_source
+    return source

@@ -29,7 +29,7 @@ from lightning_peft.mixins.feature_checks import refuse_moving
 from lightning_peft.old_task import untouched
 from lightning_peft.probes.linear_fit import PENALTIES, LinearFit, fit_linear
 from lightning_peft.probes.pooling import Pooling, hidden_features
-from lightning_peft.train_loader import change_train_loader, change_validation_loader
+from lightning_peft.train_loader import change_train_loader, change_validation_loader, leave_loaders
 
 _OWNER = "LinearProbeMixin"
 
@@ -131,6 +131,12 @@ class LinearProbeMixin(AdapterMixin):
             self._cached, self._asked = {}, False
             change_train_loader(self.trainer, _OWNER, functools.partial(self._with_features, name="train"), rows=True)
             change_validation_loader(self.trainer, _OWNER, functools.partial(self._with_features, name="validation"))
+
+    @override
+    def teardown(self, stage: str) -> None:
+        super().teardown(stage)
+        if stage == "fit":
+            leave_loaders(self.trainer, _OWNER)
 
     @override
     def configure_optimizers(self) -> Any:

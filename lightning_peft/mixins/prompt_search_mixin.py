@@ -21,7 +21,7 @@ from lightning_peft.mixins.prompting_mixin import PromptingMixin
 from lightning_peft.prompts.score_cache import ScoreCache, key_of
 from lightning_peft.prompts.search import PromptSearch, SearchReport, SearchRun
 from lightning_peft.prompts.trials import Example
-from lightning_peft.train_loader import change_train_loader, leave_train_loader, validation_loader
+from lightning_peft.train_loader import change_train_loader, leave_loaders, validation_loader
 
 _KEY = "lightning_peft_prompt_search"
 _OWNER = "PromptSearchMixin"
@@ -141,7 +141,7 @@ class PromptSearchMixin(PromptingMixin):
     def teardown(self, stage: str) -> None:
         super().teardown(stage)
         if stage == "fit":
-            leave_train_loader(self.trainer, _OWNER)
+            leave_loaders(self.trainer, _OWNER)
             for parameter, flag in self._flags.items():
                 parameter.requires_grad_(flag)
 

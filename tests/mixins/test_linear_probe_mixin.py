@@ -139,6 +139,20 @@ def test_a_second_fit_reads_its_own_rows(fit, tmp_path):
     assert net.calls - before == 12 + 2 * 4  # the validation rows are known
 
 
+def test_a_trainer_that_fits_another_module_afterwards_gives_it_its_own_rows(trainer):
+    made = trainer(epochs=1)
+    made.fit(Probed(feature_cache=True))
+
+    class Plain(Asking):
+        def forward(self, x):
+            return self.head(self.backbone(x))
+
+    made.fit_loop.max_epochs = 2
+    net = Plain()
+    made.fit(net)
+    assert net.calls >= 24
+
+
 class Named(LinearProbeMixin, pl.LightningModule):
     """Batches are mappings, the backbone a transformers model, its features the mixin's own."""
 
