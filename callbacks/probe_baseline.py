@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from typing_extensions import override
 from lightning_peft.callbacks.measuring import forward_context
 from lightning_peft.callbacks.probe_features import ProbeFeatures, without_adapters
 from lightning_peft.data.cached_rows import CachedRows
-from lightning_peft.data.content_digest import digest_of
+from lightning_peft.data.content_digest import key_of
 from lightning_peft.data.feature_cache import FeatureCache
 from lightning_peft.data.mix_loader import MixLoader, carried_options, row_count
 from lightning_peft.distributed import gather_objects
@@ -168,12 +167,12 @@ class ProbeBaseline(pl.Callback):
         else:
             train = DataLoader(Subset(train.dataset, some.tolist()), **carried_options(train))
             with untouched(pl_module, pl_module.device), without_adapters(pl_module):
-                key = digest_of([self.features.key(pl_module), str(trainer.precision)])
+                key = key_of(self.features.key(pl_module), str(trainer.precision))
                 kept = [
                     self._kept(trainer, pl_module, one, key, name)
                     for name, one in (("train", train), ("validation", held))
                 ]
-            (features, targets), (others, wanted) = ((rows.all(), _targets(rows)) for rows in kept)
+            (features, targets), (others, wanted) = ((rows.all(), targets_of(rows)) for rows in kept)
         solver: Any = "ridge" if targets.is_floating_point() else "lbfgs"
         found = fit_layers(features, targets, (others, wanted), solver=solver)
         # One process says what was found: sums may differ in their last digit.
@@ -206,12 +205,7 @@ class ProbeBaseline(pl.Callback):
         def extract(batch: Any) -> tuple[Tensor, list[Tensor]]:
             return self.features(pl_module, trainer.strategy.batch_to_device(plugin.convert_input(batch)))
 
-        @contextmanager
-        def context() -> Any:
-            with forward_context(trainer):
-                yield
-
-        return self.cache.rows(loader, extract, key=key, name=f"probe {name}", context=context)
+        return self.cache.rows(loader, extract, key=key, name=f"probe {name}", context=lambda: forward_context(trainer))
 
 
 def _training(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Any:
@@ -223,11 +217,6 @@ def _training(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Any:
 
 def _texts_and_labels(examples: list[tuple[Any, int]]) -> tuple[list[Any], Tensor]:
     return [row for row, _ in examples], torch.tensor([label for _, label in examples])
-
-
-def _targets(rows: CachedRows) -> Tensor:
-    assert rows.rest is not None
-    return torch.stack([row[0] for row in rows.rest])
 
 
 def _cached(rows: CachedRows, some: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -13,13 +13,11 @@ from torch import Tensor, nn
 from lightning_peft.adapters.attachment import attachment_of
 from lightning_peft.adapters.fingerprint import fingerprint, fingerprint_to_plain
 from lightning_peft.adapters.switch import adapter_disabled
-from lightning_peft.data.content_digest import digest_of
+from lightning_peft.data.content_digest import key_of
 from lightning_peft.matching import nearest
-from lightning_peft.mixins.cached_inputs import divided
+from lightning_peft.mixins.cached_inputs import divided, label_key
 from lightning_peft.mixins.prompting_mixin import PromptingMixin
 from lightning_peft.probes.layer_probe import layer_features
-
-LABELS = ("labels", "label", "target", "y")
 
 
 class ProbeFeatures:
@@ -58,11 +56,9 @@ class ProbeFeatures:
     def key(self, module: pl.LightningModule) -> str:
         """Say which network gives the features: what trains behind them has no part in it."""
         if self.head is None:
-            return digest_of(fingerprint_to_plain(fingerprint(self._network(module))))
+            return key_of(fingerprint_to_plain(fingerprint(self._network(module))))
         prints = fingerprint_to_plain(fingerprint(module))
-        return digest_of(
-            [self.head, {name: one for name, one in prints.items() if not name.startswith(f"{self.head}.")}]
-        )
+        return key_of(self.head, {name: one for name, one in prints.items() if not name.startswith(f"{self.head}.")})
 
     def labels(self, batch: Any) -> Tensor:
         """Return the labels of a batch, ``(rows,)``.
@@ -72,7 +68,7 @@ class ProbeFeatures:
         """
         key: Any = self.label
         if key is None:
-            key = next((name for name in LABELS if name in batch), None) if isinstance(batch, Mapping) else -1
+            key = label_key(batch)
         try:
             found = batch[key]
         except (LookupError, TypeError) as error:

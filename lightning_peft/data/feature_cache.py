@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 
 from lightning_peft.data.batch_rows import batch_rows
 from lightning_peft.data.cached_rows import CachedRows, write_rows
-from lightning_peft.data.content_digest import content_digest, digest_of
+from lightning_peft.data.content_digest import content_digest, key_of
 from lightning_peft.data.mix_loader import carried_options, row_count
 from lightning_peft.distributed import gather_objects, rank, together, world_size
 from lightning_peft.files import write_atomic
@@ -91,7 +91,7 @@ class FeatureCache:
         job = _Job(loader, extract, chunks, name, context)
         together(_OWNER, lambda: job.refuse_random(count))
         data = self.data_key or job.data_digest()
-        folder = self._place() / digest_of([key, data, count, name if self.data_key else "", self.batch_size])[:32]
+        folder = self._place() / key_of(key, data, count, name if self.data_key else "", self.batch_size)[:32]
         with self._alone(folder):
             if not gather_objects(folder.is_dir())[0]:
                 job.compute(folder)
@@ -163,7 +163,7 @@ class _Job:
             _OWNER, lambda: {number: content_digest(batch, f"{_OWNER}: {self.name}") for number, batch in batches}
         )
         everybody = {number: digest for found in gather_objects(own) for number, digest in found.items()}
-        return digest_of([everybody[number] for number in range(len(self.chunks))])
+        return key_of([everybody[number] for number in range(len(self.chunks))])
 
     def compute(self, folder: Path) -> None:
         """Let all processes compute their chunks, and the first one put the whole in place."""

@@ -86,16 +86,23 @@ def on_cpu(value: Any) -> Any:
     return type(value)(on_cpu(part) for part in value) if isinstance(value, list | tuple) else value
 
 
+def label_key(batch: Any) -> str | int | None:
+    """Return where a batch or row has its label: of a mapping ``labels`` or ``label``, else its last part; None for nowhere."""
+    if isinstance(batch, Mapping):
+        return next((name for name in ("labels", "label", "target", "y") if name in batch), None)
+    return -1 if isinstance(batch, list | tuple) else None
+
+
 def targets_of(rows: CachedRows) -> Tensor:
-    """Return the targets of cached rows: of a mapping ``label`` or ``labels``, of a tuple the last part."""
-    first = rows.rest[0] if rows.rest else None
-    if isinstance(first, Mapping):
-        key = next((name for name in ("labels", "label", "target", "y") if name in first), None)
-    else:
-        key = None if first is None else -1  # type: ignore[assignment]
+    """Return the label of each cached row, ``(rows,)``.
+
+    Raises:
+        ValueError: If they have none.
+    """
+    found: list[Any] = rows.rest or []
+    key: Any = label_key(found[0]) if found else None
     if key is None:
         raise ValueError(
             f"{_OWNER}: a batch has no label; a mapping names it 'labels' or 'label', a tuple ends with it."
         )
-    assert rows.rest is not None
-    return torch.stack([torch.as_tensor(row[key]) for row in rows.rest])
+    return torch.stack([torch.as_tensor(row[key]) for row in found])

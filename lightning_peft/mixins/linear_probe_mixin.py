@@ -16,9 +16,9 @@ from torch.utils.data import BatchSampler, DataLoader
 from typing_extensions import override
 
 from lightning_peft.adapters import LinearProbe
-from lightning_peft.adapters.fingerprint import print_tensor
+from lightning_peft.adapters.fingerprint import fingerprint, fingerprint_to_plain
 from lightning_peft.data.cached_rows import CachedRows
-from lightning_peft.data.content_digest import digest_of
+from lightning_peft.data.content_digest import key_of
 from lightning_peft.data.feature_cache import FeatureCache
 from lightning_peft.data.mix_loader import MixLoader
 from lightning_peft.heads import output_layer
@@ -222,11 +222,10 @@ class LinearProbeMixin(AdapterMixin):
 
     def _key(self) -> str:
         """Say which network and function gives the features."""
-        state = self.state_dict(keep_vars=True)
-        frozen = {name: print_tensor(value) for name, value in state.items() if not value.requires_grad}
+        trained = {name for name, one in self.named_parameters() if one.requires_grad}
+        frozen = {name: one for name, one in fingerprint_to_plain(fingerprint(self)).items() if name not in trained}
         own = {"pooling": self.pooling, "layers": list(self.layers), "precision": str(self.trainer.precision)}
-        prints = {name: [one.shape, one.dtype, one.digest] for name, one in frozen.items()}
-        return digest_of([prints, own, list(self.cached_inputs), _sources(type(self))])
+        return key_of(frozen, own, list(self.cached_inputs), _sources(type(self)))
 
     # --- the solvers ------------------------------------------------------------------------------------------------------
 

@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
+from lightning_peft.data.content_digest import key_of
 from lightning_peft.data.mix_loader import carried_options
 from lightning_peft.distributed import gather_objects, rank, world_size
 from lightning_peft.logging import log_values, register_chart
 from lightning_peft.mixins.order import is_mixin, refuse_order
 from lightning_peft.mixins.prompting_mixin import PromptingMixin
-from lightning_peft.prompts.score_cache import ScoreCache, key_of
+from lightning_peft.prompts.score_cache import ScoreCache
 from lightning_peft.prompts.search import PromptSearch, SearchReport, SearchRun
 from lightning_peft.prompts.trials import Example
 from lightning_peft.train_loader import change_train_loader, leave_loaders, validation_loader

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -100,10 +100,9 @@ def fit_linear(
         score = score_of(here(held), validation[1])
         path.append((penalty, score))
         if found is None or score > found.score:
-            train = score_of(here(x), targets)
-            found = LinearFit(here.weight, here.bias, penalty, score, train, ())
+            found = replace(here, score=score, train_score=score_of(here(x), targets))
     assert found is not None
-    return LinearFit(found.weight, found.bias, found.penalty, found.score, found.train_score, tuple(path))
+    return replace(found, path=tuple(path))
 
 
 def score_of(outputs: Tensor, targets: Tensor) -> float:
@@ -140,24 +139,24 @@ def _logistic(z: Tensor, targets: Tensor, penalties: Sequence[float], outputs: i
     weight = z.new_zeros(outputs, z.shape[1], requires_grad=True)
     bias = z.new_zeros(outputs, requires_grad=True)
     for penalty in penalties:
-        optimizer = torch.optim.LBFGS(
-            [weight, bias], max_iter=500, tolerance_grad=1e-7, tolerance_change=1e-12, line_search_fn="strong_wolfe"
-        )
-        optimizer.step(_closure(optimizer, z, targets, weight, bias, penalty))  # type: ignore[no-untyped-call]
+        _descend(z, targets, weight, bias, penalty)
         yield penalty, weight.detach().clone(), bias.detach().clone()
 
 
-def _closure(
-    optimizer: torch.optim.Optimizer, z: Tensor, targets: Tensor, weight: Tensor, bias: Tensor, *penalty: float
-) -> Callable[[], float]:
+def _descend(z: Tensor, targets: Tensor, weight: Tensor, bias: Tensor, penalty: float) -> None:
+    """Move weight and bias to where the penalised loss is least."""
+    optimizer = torch.optim.LBFGS(
+        [weight, bias], max_iter=500, tolerance_grad=1e-7, tolerance_change=1e-12, line_search_fn="strong_wolfe"
+    )
+
     def closure() -> float:
         with torch.enable_grad():
             optimizer.zero_grad()
-            loss = F.cross_entropy(z @ weight.T + bias, targets) + penalty[0] / 2 * weight.square().sum()
+            loss = F.cross_entropy(z @ weight.T + bias, targets) + penalty / 2 * weight.square().sum()
             loss.backward()  # type: ignore[no-untyped-call]
         return float(loss.detach())
 
-    return closure
+    optimizer.step(closure)  # type: ignore[no-untyped-call]
 
 
 def _check(

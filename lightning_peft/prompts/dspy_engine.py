@@ -15,8 +15,8 @@ import torch
 
 from lightning_peft.adapters.fingerprint import fingerprint, fingerprint_to_plain
 from lightning_peft.budget import Budget, Usage
+from lightning_peft.data.content_digest import key_of
 from lightning_peft.old_task import untouched
-from lightning_peft.prompts.score_cache import key_of
 
 _UNKNOWN = (
     "response_format", "tool_choice", "reasoning", "logprobs", "probabilities", "frequency_penalty", "presence_penalty",

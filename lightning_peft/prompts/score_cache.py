@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import sqlite3
 from collections.abc import Mapping, Sequence
@@ -68,8 +67,3 @@ class ScoreCache:
     def __getstate__(self) -> dict[str, Any]:
         # A connection belongs to its process.
         return {"path": self.path, "_open": None}
-
-
-def key_of(*parts: Any) -> str:
-    """Return a key for plain data."""
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

@@ -12,9 +12,10 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from lightning_peft.budget import Budget, Usage
+from lightning_peft.data.content_digest import key_of
 from lightning_peft.distributed import gather_objects, rank
 from lightning_peft.prompts.calibration import Calibration
-from lightning_peft.prompts.score_cache import ScoreCache, key_of
+from lightning_peft.prompts.score_cache import ScoreCache
 from lightning_peft.prompts.space import Candidate, PromptSpace
 from lightning_peft.prompts.strategies import RandomSearch, Strategy, best
 from lightning_peft.prompts.template import PromptTemplate

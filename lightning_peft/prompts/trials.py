@@ -11,10 +11,11 @@ from torch import Tensor
 
 from lightning_peft.adapters.fingerprint import fingerprint, fingerprint_to_plain
 from lightning_peft.budget import Usage
+from lightning_peft.data.content_digest import key_of
 from lightning_peft.distributed import gather_objects, rank, world_size
 from lightning_peft.prompts.calibration import Calibration, calibration_inputs, leaning
 from lightning_peft.prompts.label_scores import label_log_probabilities, prompt_tokens, scoring_cost
-from lightning_peft.prompts.score_cache import ScoreCache, key_of
+from lightning_peft.prompts.score_cache import ScoreCache
 from lightning_peft.prompts.space import Candidate, PromptSpace
 from lightning_peft.prompts.template import Row
 
