@@ -10,12 +10,10 @@ from torch import Tensor
 from torchmetrics.classification import MulticlassAccuracy
 from torchmetrics.text import Perplexity
 
+from lightning_peft.data.causal_batch import IGNORED
 from lightning_peft.data.mix_loader import Rows
 from lightning_peft.metrics.retrieval import RecallAtOne
 from lightning_peft.old_task import OldTask
-
-IGNORED = -100
-"""The label of a token that does not count."""
 
 
 def accuracy_task(data: Rows, classes: int, *, logits: Callable[[Any, Any], Tensor] | None = None) -> OldTask:

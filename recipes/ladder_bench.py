@@ -5,12 +5,15 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 from torch import Tensor
 
 from lightning_peft import PromptTemplate, Verbalizer
+from lightning_peft.adapters.fingerprint import fingerprint, fingerprint_to_plain
+from lightning_peft.data.content_digest import key_of
 from lightning_peft.prompts import label_log_probabilities
 from lightning_peft.recipes.ladder_task import LadderTask, Row
 
@@ -44,7 +47,7 @@ class Job:
 
     Args:
         rung: Which rung.
-        model: ``"smollm2"``, ``"minilm"``, or a folder or hub id.
+        model: What the model is called.
         encoder: Whether the model is a sentence encoder with a head.
         shots: Labelled rows; None is all.
         seed: Which rows, their order, demonstrations, initial values.
@@ -95,6 +98,11 @@ class Bench:
     out: Path
     trainer: dict[str, Any]
     checks: int = 4
+
+    @cached_property
+    def network_key(self) -> str:
+        """Which network this is, by its weights: nothing here changes them."""
+        return key_of(fingerprint_to_plain(fingerprint(self.network)))
 
     def steps(self, lengths: Sequence[int], extra: int = 0) -> int:
         """Return how many training steps the budget pays for, of rows of such lengths and so many virtual tokens."""

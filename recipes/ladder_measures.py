@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -12,13 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F  # noqa: N812 - the field's name for it
+from lightning.fabric.utilities import move_data_to_device
+from torch.utils.data import DataLoader
 
 from lightning_peft.data.causal_batch import IGNORED, causal_batch
-from lightning_peft.metrics import RecallAtOne
-from lightning_peft.old_task import untouched
+from lightning_peft.old_task import OldTask, evaluate
 from lightning_peft.prompts import PromptTemplate
 from lightning_peft.prompts.label_scores import prompt_tokens
+from lightning_peft.ready_tasks import perplexity_task, retrieval_task
 
 GENERAL_TOKENS = 96
 STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
@@ -46,7 +48,6 @@ class PeakMemory:
         return float(line.split()[1]) * 1024
 
 
-@torch.no_grad()
 def language_loss(model: Any, tokenizer: Any, texts: Sequence[str], prompt: PromptTemplate | None = None) -> float:
     """Return the loss of a language model on texts, in nats per token.
 
@@ -61,38 +62,32 @@ def language_loss(model: Any, tokenizer: Any, texts: Sequence[str], prompt: Prom
         slot = dict.fromkeys(prompt.slots, "\0")
         ahead = prompt.prompt(slot, tokenizer).split(prompt.parts()[0].format(**slot))[0]
         before = tokenizer(ahead)["input_ids"]
-    device, total, count = next(model.parameters()).device, 0.0, 0
-    rows = [tokenizer(text, truncation=True, max_length=GENERAL_TOKENS)["input_ids"] for text in texts]
-    with untouched(model, device):
-        for start in range(0, len(rows), 8):
-            part = [
-                {"ids": before + ids, "labels": [IGNORED] * (len(before) + 1) + ids[1:]}
-                for ids in rows[start : start + 8]
-            ]
-            batch = {name: value.to(device) for name, value in causal_batch(part).items()}
-            logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
-            wanted = batch["labels"][:, 1:].flatten()
-            total += float(
-                F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), wanted, ignore_index=IGNORED, reduction="sum")
-            )
-            count += int((wanted != IGNORED).sum())
-    return total / count
+    found = [tokenizer(text, truncation=True, max_length=GENERAL_TOKENS)["input_ids"] for text in texts]
+    rows = [{"ids": before + ids, "labels": [IGNORED] * (len(before) + 1) + ids[1:]} for ids in found]
+    loader: Any = DataLoader(rows, 8, collate_fn=causal_batch)  # type: ignore[arg-type]
+    return math.log(measured(model, perplexity_task(loader, logits=_logits)))
 
 
-@torch.no_grad()
 def retrieval(net: Any, tokenizer: Any, texts: Sequence[str]) -> float:
     """Return how often an encoder finds the second half of a text from its first half, among those of all texts."""
-    metric, device = RecallAtOne(), next(net.parameters()).device
     halves = [(text[: len(text) // 2], text[len(text) // 2 :]) for text in texts]
-    with untouched(net, device):
-        for start in range(0, len(halves), 32):
-            sides = [list(side) for side in zip(*halves[start : start + 32], strict=True)]
-            found = []
-            for side in sides:
-                tokens = tokenizer(side, padding=True, truncation=True, max_length=64, return_tensors="pt")
-                found.append(net.features({name: value.to(device) for name, value in tokens.items()}).cpu())
-            metric.update(*found)
-    return float(metric.compute())
+
+    def collate(rows: Sequence[tuple[str, str]]) -> list[Any]:
+        options = {"padding": True, "truncation": True, "max_length": 64, "return_tensors": "pt"}
+        return [dict(tokenizer(list(side), **options)) for side in zip(*rows, strict=True)]
+
+    loader: Any = DataLoader(halves, 32, collate_fn=collate)  # type: ignore[arg-type]
+    return measured(net, retrieval_task(loader, lambda module, tokens: module.features(tokens)))
+
+
+def measured(model: Any, task: OldTask) -> float:
+    """Return the value of a task on a model, wherever that is."""
+    device = next(model.parameters()).device
+    return evaluate(model, task, to_device=lambda batch: move_data_to_device(batch, device), progress=False)
+
+
+def _logits(model: Any, batch: Any) -> Any:
+    return model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
 
 
 def call_seconds(call: Callable[[str], Any], texts: Sequence[str]) -> float:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Sequence
 from typing import Any
 
 import torch
+from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lightning_peft.adapters.fingerprint import fingerprint, fingerprint_to_plain
 from lightning_peft.data import FeatureCache
 from lightning_peft.old_task import untouched
 from lightning_peft.probes import fit_layers, layer_features
@@ -68,17 +67,14 @@ def probe(job: Job, bench: Bench, before: float) -> Measured:
 def kept(bench: Bench, job: Job, rows: Sequence[Row], use: str) -> Tensor:
     """Return the features of rows, ``(rows, poolings, layers, width)``, from the cache."""
     loader: DataLoader[Any] = DataLoader(list(rows), batch_size=32, collate_fn=collate_for(bench, job))  # type: ignore[arg-type]
-    prints = str(fingerprint_to_plain(fingerprint(bench.network)))
-    key = hashlib.sha256(f"{prints} layer_features".encode()).hexdigest()
     cache = FeatureCache(bench.out / "features", batch_size=32)
     with untouched(bench.network, device_of(bench)):
-        return cache.rows(loader, lambda batch: (read(bench, batch), None), key=key, name=use).all()
+        return cache.rows(loader, lambda batch: (read(bench, batch), None), key=bench.network_key, name=use).all()
 
 
 def read(bench: Bench, batch: dict[str, Tensor]) -> Tensor:
     """Return what every layer says of a batch, ``(rows, poolings, layers, width)``."""
-    batch = {name: value.to(device_of(bench)) for name, value in batch.items()}
-    return layer_features(bench.network, batch).cpu()
+    return layer_features(bench.network, move_data_to_device(batch, device_of(bench))).cpu()
 
 
 def collate_for(bench: Bench, job: Job) -> Any:

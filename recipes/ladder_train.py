@@ -10,6 +10,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from safetensors.torch import save_file
@@ -141,7 +142,7 @@ def sayer(job: Job, bench: Bench, net: Any) -> Callable[[Sequence[Row]], list[in
         with untouched(net, device):
             for start in range(0, len(rows), 32):
                 batch = EncoderRows(bench.tokenizer)(rows[start : start + 32])
-                found += net({name: value.to(device) for name, value in batch.items()}).argmax(1).tolist()
+                found += net(move_data_to_device(batch, device)).argmax(1).tolist()
         return found
 
     return say
