@@ -25,7 +25,7 @@ from lightning_peft.data.mix_stream import MixStreamLoader
 from lightning_peft.data.ratio import Curve, SteeredCurve, exact
 from lightning_peft.data.streams import Stream
 from lightning_peft.logging import log_values, register_chart
-from lightning_peft.mixins import ReplayMixin
+from lightning_peft.mixins import MAMLMixin, ReplayMixin
 from lightning_peft.one_lightning import refuse_pytorch_lightning
 from lightning_peft.train_loader import change_train_loader, leave_loaders
 
@@ -288,6 +288,11 @@ class ReplayMixing(pl.Callback):
             if isinstance(pl_module, ReplayMixin):
                 raise ValueError(
                     f"{_OWNER}: {name} has ReplayMixin but no replay_step. Define replay_step(self, batch)."
+                )
+            if isinstance(pl_module, MAMLMixin):
+                raise ValueError(
+                    f"{_OWNER}: {name} learns from episodes, and old rows among them would be part of a task. Let them come "
+                    f"beside: class {name}(ReplayMixin, MAMLMixin, ...) with a replay_step."
                 )
             return False
         if not isinstance(pl_module, ReplayMixin):

@@ -28,17 +28,23 @@ from lightning_peft.adapters import (
     unmerge_adapter,
 )
 from lightning_peft.budget import Budget
+from lightning_peft.meta import MetaConfig
 from lightning_peft.mixins import (
     AdapterMixin,
+    ANILMixin,
     DERMixin,
     DistillMixin,
+    FOMAMLMixin,
     FullFinetuneMixin,
     LinearProbeMixin,
     LoRAMixin,
+    MAMLMixin,
+    MetaSGDMixin,
     PrefixMixin,
     PromptingMixin,
     PromptSearchMixin,
     ReplayMixin,
+    ReptileMixin,
     SoftPromptMixin,
     adapted,
 )
@@ -47,6 +53,7 @@ from lightning_peft.version import __version__
 
 __all__ = [
     "IA3",
+    "ANILMixin",
     "Adapter",
     "AdapterMixin",
     "BitFit",
@@ -54,6 +61,7 @@ __all__ = [
     "DERMixin",
     "DeepPrompt",
     "DistillMixin",
+    "FOMAMLMixin",
     "FullFinetune",
     "FullFinetuneMixin",
     "KVPrefix",
@@ -62,11 +70,15 @@ __all__ = [
     "LinearProbeMixin",
     "LoRA",
     "LoRAMixin",
+    "MAMLMixin",
+    "MetaConfig",
+    "MetaSGDMixin",
     "PrefixMixin",
     "PromptSearchMixin",
     "PromptTemplate",
     "PromptingMixin",
     "ReplayMixin",
+    "ReptileMixin",
     "SoftPrompt",
     "SoftPromptMixin",
     "VeRA",

@@ -29,6 +29,7 @@ FAMILIES = {
     "drift": "how far weights are from where they began, by block",
     "search": "what a search has found and spent",
     "baseline": "what is reached without training",
+    "meta": "how well tasks adapt, before and after each step",
 }
 """Every family of keys, and what it shows."""
 

@@ -37,11 +37,13 @@ from lightning_peft import (
     LinearProbeMixin,
     LoRA,
     LoRAMixin,
+    MAMLMixin,
     PrefixMixin,
     PromptingMixin,
     PromptSearchMixin,
     PromptTemplate,
     ReplayMixin,
+    ReptileMixin,
     SoftPrompt,
     SoftPromptMixin,
     Verbalizer,
@@ -69,6 +71,7 @@ from lightning_peft.data import ReservoirBuffer
 from lightning_peft.distributed import rank, world_size
 from lightning_peft.files import write_text
 from lightning_peft.logging import FAMILIES
+from lightning_peft.meta import Episode
 from lightning_peft.mixins.der_mixin import LogitMemory
 from lightning_peft.old_task import evaluate
 from lightning_peft.prompts import PromptSearch, PromptSpace, RandomSearch
@@ -211,6 +214,25 @@ class Searching(PromptSearchMixin, Speaking):
         return words(batch)
 
 
+def halves(batch: Any) -> Episode:
+    """A batch as one task: each second row is a query."""
+    return Episode(*([tensor[None, start::2] for tensor in batch] for start in (0, 1)))
+
+
+class MetaLearning(MAMLMixin, Plain):
+    monitored = "meta/query_loss"
+
+    def split_episode(self, batch):
+        return halves(batch)
+
+
+class Following(ReptileMixin, Plain):
+    monitored = "meta/query_loss"
+
+    def split_episode(self, batch):
+        return halves(batch)
+
+
 MODULES: dict[str, Callable[[], Plain]] = {
     "no mixin": Plain,
     "LoRAMixin": WithLoRA,
@@ -223,6 +245,8 @@ MODULES: dict[str, Callable[[], Plain]] = {
     "ReplayMixin": Rehearsing,
     "DistillMixin": Distilling,
     "DERMixin": Remembering,
+    "MAMLMixin": MetaLearning,
+    "ReptileMixin": Following,
     "adapted": adapted(Plain, LoRA(rank=2)),
 }
 
@@ -563,7 +587,9 @@ LightningModule: the compiled modules log nothing in theirs, and ours do it outs
 
 PromptingMixin stands before LoRAMixin: the adapter trains, and the last accuracy is that of the last weights on all validation
 rows. Under PromptSearchMixin no weight moves and each step is a round; what a search spends is not compared, since after a resume
-its cache begins empty. A class of PromptSearchMixin and a mixin that trains something is an error as soon as it is written.
+its cache begins empty. For MAMLMixin and ReptileMixin a batch is one task, each second row a query; the other presets of MAMLMixin
+differ from it in a setting, and have no rows. A class of PromptSearchMixin and a mixin that trains something is an error as soon
+as it is written.
 
 Made by `python -m tests.composition docs/composition.md`; the tests make each cell anew.
 """

@@ -21,7 +21,7 @@ import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from lightning.pytorch.callbacks import BackboneFinetuning
+from lightning.pytorch.callbacks import BackboneFinetuning, ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from safetensors.torch import load_file
@@ -29,7 +29,17 @@ from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.utils.data import DataLoader, DistributedSampler
 from torchmetrics import MeanMetric
 
-from lightning_peft import DistillMixin, LinearProbeMixin, LoRA, LoRAMixin, ReplayMixin, save_adapter
+from lightning_peft import (
+    DistillMixin,
+    LinearProbeMixin,
+    LoRA,
+    LoRAMixin,
+    MAMLMixin,
+    MetaConfig,
+    ReplayMixin,
+    ReptileMixin,
+    save_adapter,
+)
 from lightning_peft.callbacks import (
     ForgettingBudget,
     ForgettingEvaluation,
@@ -43,7 +53,8 @@ from lightning_peft.callbacks import (
     WeightDrift,
     ZeroInitHead,
 )
-from lightning_peft.data import FeatureCache
+from lightning_peft.data import EpisodeCollate, EpisodeLoader, EpisodeSampler, FeatureCache
+from lightning_peft.data.episode_loader import EpisodeDataset
 from lightning_peft.distributed import gather_objects, gather_rows, rank, world_size
 from lightning_peft.losses import in_batch_contrastive
 from lightning_peft.metrics import RecallAtOne
@@ -104,10 +115,10 @@ def fit(
             **where,
             "strategy": "ddp" if dist.is_initialized() else "auto",
             "use_distributed_sampler": False,
+            "enable_checkpointing": False,
             **options,
         },
         callbacks=list(callbacks),
-        enable_checkpointing=False,
         default_root_dir=tempfile.gettempdir(),
     )
     trainer.fit(module.double(), ckpt_path=ckpt_path)
@@ -525,6 +536,61 @@ def watching_sharded_weights_through_a_resume() -> Result:
     return seen
 
 
+class Episodic(RankToy):
+    """The toy on episodes of its rows, with rates of its own if it learns them."""
+
+    def episodes(self, *, fixed: bool = False) -> EpisodeLoader:
+        data = rows(48, dtype=torch.float64)
+        sampler = EpisodeSampler(data.tensors[1].tolist(), 2, 2, 3, episodes=12, seed=3, fixed=fixed)
+        collate = EpisodeCollate()
+        return EpisodeLoader(EpisodeDataset(data), 4 // world_size(), sampler=sampler, collate_fn=collate)
+
+    def train_dataloader(self) -> EpisodeLoader:
+        return self.episodes()
+
+
+class MetaToy(MAMLMixin, Episodic): ...
+
+
+class ReptileToy(ReptileMixin, Episodic): ...
+
+
+def meta_learning_by_every_way() -> Result:
+    """Weights, learned rates and what validation says."""
+    found: Result = {}
+    for name, kind, config in (
+        ("stacked", MetaToy, {"learn_inner_lr": "layer", "adaptation_steps": 2, "multi_step_loss_epochs": 2}),
+        ("loop", MetaToy, {"task_batching": "loop"}),
+        ("recompute", MetaToy, {"memory": "recompute", "adaptation_steps": 2}),
+        ("anil", MetaToy, {"adapt": "head"}),
+        ("reptile", ReptileToy, {"adaptation_steps": 3}),
+    ):
+        module = kind(meta=MetaConfig(inner_lr=0.1, **config))
+        trainer = fit(module)
+        found |= {f"{name} {key}": value for key, value in cpu(module).items()}
+        told = trainer.validate(module, module.episodes(fixed=True), verbose=False)[0]
+        found |= {f"{name} {key}": round(value, 5) for key, value in told.items()}  # a log is in single precision
+    return found
+
+
+def resuming_meta_learning_within_an_epoch() -> Result:
+    folder = shared_folder()
+
+    def module() -> MetaToy:
+        return MetaToy(meta=MetaConfig(inner_lr=0.1, learn_inner_lr="parameter"))
+
+    def saving() -> ModelCheckpoint:
+        return ModelCheckpoint(folder, filename="{step}", every_n_train_steps=2, save_top_k=-1)
+
+    whole, rest = module(), module()
+    fit(whole, saving(), enable_checkpointing=True)
+    fit(rest, saving(), enable_checkpointing=True, ckpt_path=folder / "step=2.ckpt")
+    remove(folder)
+    apart = max(float((a - b).abs().max()) for a, b in zip(whole.parameters(), rest.parameters(), strict=True))
+    assert apart == 0, apart
+    return cpu(rest)
+
+
 CASES: dict[str, Callable[[], Result]] = {
     case.__name__: case
     for case in (
@@ -547,6 +613,8 @@ CASES: dict[str, Callable[[], Result]] = {
         mixing_old_rows_in,
         replaying_beside,
         replaying_fewer_rows_than_processes,
+        meta_learning_by_every_way,
+        resuming_meta_learning_within_an_epoch,
         probing_from_a_cache,
         features_that_fail_on_one_process,
         searching_for_a_prompt,

@@ -21,9 +21,9 @@ PARTS = ("What it does", "In TensorBoard", "Values", "When not", "Source")
 
 
 def snake(name: str) -> str:
-    return re.sub(
-        r"(?<=[a-z])(?=[A-Z])", "_", name.replace("LoRA", "Lora").replace("DER", "Der").replace("KL", "Kl")
-    ).lower()
+    for word in ("LoRA", "DER", "KL", "FOMAML", "MAML", "ANIL", "SGD"):
+        name = name.replace(word, word.capitalize())
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower()
 
 
 @pytest.mark.parametrize("name", KINDS)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
@@ -21,6 +19,7 @@ from lightning_peft.adapters.layer_kinds import (
 )
 from lightning_peft.adapters.low_rank import low_rank_linear
 from lightning_peft.adapters.updates import Update, held, master_dtype
+from lightning_peft.in_place import in_place_of
 
 
 class LoRAUpdate(Update):
@@ -247,25 +246,12 @@ class ParametersLoRA(Update):
 
     @override
     def forward(self, module: Any, *args: Any, **kwargs: Any) -> Any:
-        with _in_place_of(module, self.updated(module)):
+        with in_place_of(module, self.updated(module)):
             return module.base_class.forward(module, *args, **kwargs)
 
     @override
     def merged_values(self, layer: Any) -> dict[str, Tensor]:
         return self.updated(layer)
-
-
-@contextmanager
-def _in_place_of(module: nn.Module, values: dict[str, Tensor]) -> Iterator[None]:
-    """Let a module read tensors instead of its parameters; an instance attribute goes before a registered parameter."""
-    places = [(module.get_submodule(path.rpartition(".")[0]), path.rpartition(".")[2], path) for path in values]
-    for owner, name, path in places:
-        vars(owner)[name] = values[path]
-    try:
-        yield
-    finally:
-        for owner, name, _ in places:
-            del vars(owner)[name]
 
 
 UPDATES: dict[type[AdaptedLinear], type[LoRAUpdate]] = {

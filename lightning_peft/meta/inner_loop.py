@@ -1,0 +1,156 @@
+"""Adaptation by gradient steps, and the gradient of what comes out by what went in, exactly.
+
+``theta_{t+1} = theta_t - alpha_t * grad L_support(theta_t)``, and the meta-loss is ``sum_t w_t L_query(theta_t)``, mean over
+tasks (Finn et al. 2017, arXiv:1703.03400, algorithm 1). Everything is ordinary autograd over the summed losses of the tasks, each
+of which depends on its own weights alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from lightning_peft.meta.inner_rates import Rate
+from lightning_peft.meta.task_losses import Params
+from lightning_peft.randomness import RandomState
+
+Losses = Callable[[Params, int], Tensor]
+"""Losses ``(tasks,)`` under weights after so many steps."""
+
+
+@dataclass(frozen=True)
+class InnerLoop:
+    """How tasks adapt and what is asked of them.
+
+    Args:
+        support: Losses that adaptation goes down.
+        query: Losses that the result is judged by.
+        rate: Rate of a step.
+        steps: How many.
+        weights: How much the query loss after each step counts.
+        second_order: Whether the inner gradients are differentiated.
+        generators: Takes down the state of the random generators, and goes back to it if given one; a step that is computed twice
+            then draws the same dropout. None where nothing is drawn.
+    """
+
+    support: Losses
+    query: Losses
+    rate: Callable[[int], Rate]
+    steps: int
+    weights: Sequence[float]
+    second_order: bool = True
+    generators: Callable[[RandomState | None], RandomState] | None = None
+
+    def step(self, parameters: Params, t: int) -> tuple[Params, Tensor]:
+        """Take step ``t``; return the new weights and the losses of the old ones."""
+        losses = self.support(parameters, t)
+        values = list(parameters.values())
+        grads = torch.autograd.grad(losses.sum(), values, create_graph=self.second_order, allow_unused=True)
+        return dict(zip(parameters, moved(values, grads, self.rate(t)), strict=True)), losses
+
+
+@dataclass
+class Outcome:
+    """What an inner loop came to.
+
+    Args:
+        total: The weighted query losses of the tasks, ``(tasks,)``.
+        query: Those after the last step.
+        support: Losses on the support sets before each step.
+    """
+
+    total: Tensor
+    query: Tensor
+    support: list[Tensor] = field(default_factory=list)
+
+
+def moved(values: Sequence[Tensor], grads: Sequence[Tensor | None], rate: Rate) -> list[Tensor]:
+    """Return ``value - rate * grad`` of each; without a gradient the value itself."""
+    if isinstance(rate, float):
+        found = [grad for grad in grads if grad is not None]
+        if len(found) == len(values):
+            return list(torch._foreach_add(list(values), found, alpha=-rate))
+        return [v if g is None else v - rate * g for v, g in zip(values, grads, strict=True)]
+    return [v if g is None else v - r * g for v, g, r in zip(values, grads, rate, strict=True)]
+
+
+def meta_loss(loop: InnerLoop, parameters: Params) -> Outcome:
+    """Adapt with the graph of all steps, so that ``backward`` of the total gives the meta-gradient."""
+    totals, support, query = [], [], None
+    for t in range(loop.steps):
+        parameters, losses = loop.step(parameters, t)
+        support.append(losses.detach())
+        if loop.weights[t]:
+            query = loop.query(parameters, t + 1)
+            totals.append(query if loop.weights[t] == 1 else loop.weights[t] * query)
+    assert query is not None
+    return Outcome(totals[0] if len(totals) == 1 else torch.stack(totals).sum(0), query.detach(), support)
+
+
+def recomputed(
+    loop: InnerLoop, parameters: Params, others: Sequence[Tensor]
+) -> tuple[Outcome, list[Tensor], list[Tensor | None]]:
+    """Return what :func:`meta_loss` comes to, and its gradients, with the graph of one inner step at a time.
+
+    Backwards from ``v = 0``: ``v <- v + w_t grad L_query(theta_t)``, then ``v <- J^T v`` through step ``t``: for plain rates
+    ``v - alpha H v``, a Hessian-vector product (the mode that MixFlow-MG uses, Kemaev et al. 2025, arXiv:2505.00793). Only the
+    weights after each step are kept.
+
+    Args:
+        loop: The inner loop.
+        parameters: What it starts from, of all tasks.
+        others: What else the losses depend on, learned rates among them.
+
+    Returns:
+        The outcome, the gradient of the summed total by every parameter, and by all others (None: it depends on none).
+    """
+    path, support, states = [_leaves(parameters)], [], []
+    for t in range(loop.steps):
+        states.append(loop.generators(None) if loop.generators else None)
+        following, losses = _first_order(loop).step(path[-1], t)
+        path.append(_leaves(following))
+        support.append(losses.detach())
+    totals, final = [], None
+    v: list[Tensor] = [torch.zeros_like(value) for value in parameters.values()]
+    rest: list[Tensor | None] = [None] * len(others)
+    for t in reversed(range(loop.steps)):
+        if loop.weights[t]:
+            query = loop.weights[t] * loop.query(path[t + 1], t + 1)
+            totals.append(query.detach())
+            final = query.detach() / loop.weights[t] if final is None else final
+            v, rest = _added([query.sum()], path[t + 1], others, None, (v, rest))
+        if states[t] is not None and loop.generators:
+            loop.generators(states[t])
+        following, _ = loop.step(path[t], t)
+        zero = [torch.zeros_like(value) for value in v]
+        v, rest = _added(list(following.values()), path[t], others, v, (zero, rest))
+    assert final is not None
+    outcome = Outcome(torch.stack(totals).sum(0), final, support)
+    return outcome, [one.detach() for one in v], [None if one is None else one.detach() for one in rest]
+
+
+def _first_order(loop: InnerLoop) -> InnerLoop:
+    return InnerLoop(loop.support, loop.query, loop.rate, loop.steps, loop.weights, second_order=False)
+
+
+def _leaves(parameters: Params) -> Params:
+    return {name: value.detach().requires_grad_() for name, value in parameters.items()}
+
+
+def _added(
+    outputs: list[Tensor],
+    parameters: Params,
+    others: Sequence[Tensor],
+    weights: list[Tensor] | None,
+    before: tuple[list[Tensor], list[Tensor | None]],
+) -> tuple[list[Tensor], list[Tensor | None]]:
+    """Add the gradients of outputs, each weighted, to those before."""
+    found = torch.autograd.grad(outputs, [*parameters.values(), *others], grad_outputs=weights, allow_unused=True)
+    own, rest = found[: len(parameters)], found[len(parameters) :]
+    first = [old if new is None else old + new for old, new in zip(before[0], own, strict=True)]
+    return first, [
+        new if old is None else old if new is None else old + new for old, new in zip(before[1], rest, strict=True)
+    ]

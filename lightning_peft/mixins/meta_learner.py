@@ -1,0 +1,338 @@
+"""What computes meta-losses, meta-gradients and adaptation for a module."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+
+from lightning_peft.meta.adaptation_curve import AdaptationCurve
+from lightning_peft.meta.episode import Episode
+from lightning_peft.meta.fast_weights import aliases
+from lightning_peft.meta.inner_loop import InnerLoop, Outcome, meta_loss, recomputed
+from lightning_peft.meta.inner_rates import Rate
+from lightning_peft.meta.norm_statistics import batch_statistics, frozen_statistics
+from lightning_peft.meta.surrogate import surrogate_loss
+from lightning_peft.meta.task_losses import Params, TaskCalls
+from lightning_peft.meta.twice_differentiable import (
+    explained,
+    no_second_derivative,
+    once_differentiable,
+    twice_differentiable,
+)
+from lightning_peft.randomness import RandomState, random_state, set_random_state
+
+if TYPE_CHECKING:
+    from lightning_peft.mixins.maml_mixin import MAMLMixin
+
+
+class MetaLearner:
+    """Adapts a module to tasks, and gives the gradient of how well that went.
+
+    Args:
+        module: What is meta-learned; its ``meta``, losses and inner parameters are asked for at every step, so that they may
+            change.
+    """
+
+    def __init__(self, module: MAMLMixin) -> None:
+        self.module = module
+        self.compile_backend = "inductor"
+        self._compiled: Callable[..., Any] | None = None
+        self._checked = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out compiled code, which cannot be copied; it is made again where it is needed."""
+        return vars(self) | {"_compiled": None}
+
+    @property
+    def name(self) -> str:
+        """Who is meant in messages."""
+        return type(self.module).__name__
+
+    def refuse_fit(self, trainer: pl.Trainer) -> None:
+        """Stop a run that could not end well.
+
+        Raises:
+            ValueError: For manual optimization, and fp16 where gradients are taken outside of its scaler.
+        """
+        if not self.module.automatic_optimization:
+            raise ValueError(f"{self.name}: meta-learning needs automatic_optimization=True: it returns the meta-loss.")
+        config = self.module.meta
+        unscaled = config.memory == "recompute" or config.task_batching == "loop" or config.task_chunk is not None
+        if str(trainer.precision) == "16-mixed" and (config.second_order is not False or unscaled):
+            raise ValueError(
+                f"{self.name}: precision='16-mixed' scales the loss, and inner gradients are taken outside of that, where fp16 "
+                "underflows. Use precision='bf16-mixed' or '32-true', or MetaConfig(second_order=False) with stacked tasks."
+            )
+
+    # --- training -------------------------------------------------------------------------------------------------------------
+
+    def meta_loss(self, episode: Episode, epoch: int) -> tuple[Tensor, Outcome]:
+        """Return a loss whose gradient is the meta-gradient, and what it is made of, mean over tasks."""
+        config = self.module.meta
+        second_order = config.second_order_at(epoch)
+        weights = config.step_weights(epoch)
+        inner = self._inner()
+        with self._conditions(second_order=second_order):
+            chunks = list(self._chunks(episode))
+            if len(chunks) == 1 and config.memory == "graph":
+                loop = self._loop(chunks[0], weights, second_order)
+                outcome = self._told(meta_loss, loop, chunks[0].start(inner))
+                return outcome.total.mean(), outcome
+            outer = [p for p in self.module.parameters() if p.requires_grad]
+            total: list[Tensor | None] = [None] * len(outer)
+            outcomes = []
+            for calls in chunks:
+                outcome, grads = self._gradients(calls, inner, outer, self._loop(calls, weights, second_order))
+                outcomes.append(outcome)
+                for place, grad in enumerate(grads):
+                    if grad is not None:
+                        known = total[place]
+                        total[place] = grad / episode.tasks if known is None else known + grad / episode.tasks
+        joined = _joined(outcomes)
+        return surrogate_loss(joined.total.mean(), zip(outer, total, strict=True)), joined
+
+    def reptile_loss(self, episode: Episode) -> tuple[Tensor, Outcome]:
+        """Return a loss whose gradient is ``theta - mean over tasks of theta_k``; its value is the query loss at ``theta_k``."""
+        inner, outcomes = self._inner(), []
+        moved = {name: torch.zeros_like(value) for name, value in inner.items()}
+        with self._conditions(second_order=False):
+            for calls in self._chunks(episode):
+                loop = self._loop(calls, [1.0], second_order=False)
+                start = parameters = _detached(calls.start(inner))
+                support = []
+                for t in range(loop.steps):
+                    parameters, losses = self._told(loop.step, parameters, t)
+                    parameters = _detached(parameters)
+                    support.append(losses.detach())
+                with torch.no_grad():
+                    query = loop.query(parameters, loop.steps)
+                    far = calls.summed([start[name] - parameters[name] for name in inner])
+                    for name, value in zip(inner, far, strict=True):
+                        assert value is not None
+                        moved[name] += value / episode.tasks
+                outcomes.append(Outcome(query, query, support))
+        joined = _joined(outcomes)
+        return surrogate_loss(joined.total.mean(), ((inner[name], moved[name]) for name in inner)), joined
+
+    def _gradients(
+        self, calls: TaskCalls, inner: Params, outer: Sequence[Tensor], loop: InnerLoop
+    ) -> tuple[Outcome, Sequence[Tensor | None]]:
+        """Return the gradients of the summed losses of some tasks."""
+        if self.module.meta.memory == "graph":
+            outcome = self._told(meta_loss, loop, calls.start(inner))
+            total, outcome.total = outcome.total.sum(), outcome.total.detach()
+            return outcome, self._told(torch.autograd.grad, total, outer, allow_unused=True)
+        own = {id(value) for value in inner.values()}
+        others = [value for value in outer if id(value) not in own]
+        start = {name: value.detach() for name, value in calls.start(inner).items()}
+        outcome, v, rest = self._told(self._recomputed, loop, start, others)
+        by_id: dict[int, Tensor | None] = dict(zip(map(id, inner.values()), calls.summed(v), strict=True))
+        by_id |= dict(zip(map(id, others), rest, strict=True))
+        return outcome, [by_id[id(value)] for value in outer]
+
+    def _recomputed(self, loop: InnerLoop, start: Params, others: Sequence[Tensor]) -> Any:
+        if not self.module.meta.compile:
+            return recomputed(loop, start, others)
+        if self._compiled is None:
+            self._compiled = torch.compile(recomputed, fullgraph=True, dynamic=False, backend=self.compile_backend)
+        # Its derivatives are all inside: torch traces autograd.grad only if asked to.
+        with torch._dynamo.config.patch(trace_autograd_ops=True):
+            return self._compiled(replace(loop, generators=None), start, others)
+
+    # --- evaluation -----------------------------------------------------------------------------------------------------------
+
+    def adapted(self, support_of: Episode, steps: int) -> Params:
+        """Return the weights of one task after so many first-order steps."""
+        calls = TaskCalls(self.module, support_of, None, self._aliases())
+        with self._evaluating(), self._conditions(second_order=False):
+            parameters = _detached(self._inner())
+            loop = self._loop(calls, [1.0], second_order=False)
+            for t in range(steps):
+                parameters = _detached(self._told(loop.step, parameters, t)[0])
+        return {name: value.detach() for name, value in parameters.items()}
+
+    def curve(self, episode: Episode) -> AdaptationCurve:
+        """Return query losses, and accuracies, of tasks before adaptation and after each step of it."""
+        found = AdaptationCurve()
+        for calls in self._chunks(episode):
+            measured = []
+            with self._evaluating(), self._conditions(second_order=False):
+                parameters = _detached(calls.start(self._inner()))
+                loop = self._loop(calls, [1.0], second_order=False)
+                for t in range(self.module.meta.eval_steps + 1):
+                    measured.append(self._told(self._measured, calls, parameters, t))
+                    if t < self.module.meta.eval_steps:
+                        parameters = _detached(self._told(loop.step, parameters, t)[0])
+            losses, accuracies = zip(*measured, strict=True)
+            found.add(AdaptationCurve(_by_task(losses), _by_task(accuracies)))
+        return found
+
+    @torch.no_grad()
+    def _measured(self, calls: TaskCalls, parameters: Params, t: int) -> tuple[Tensor, Tensor | None]:
+        with self.normalising(t) if self._by_step else nullcontext():
+            losses = calls.query(self.module.query_loss, parameters)
+            accuracy = calls.query(self.module.query_accuracy, parameters)
+        return losses, accuracy
+
+    # --- what both share ------------------------------------------------------------------------------------------------------
+
+    def _inner(self) -> Params:
+        names = self.module.inner_parameters()
+        named = dict(self.module.named_parameters())
+        return {name: named[name] for name in names}
+
+    def _aliases(self) -> dict[str, list[str]]:
+        return aliases(self.module, self.module.inner_parameters())
+
+    def _chunks(self, episode: Episode) -> Iterator[TaskCalls]:
+        config = self.module.meta
+        single = config.task_batching == "loop"
+        if episode.ragged and not single:
+            raise ValueError(
+                f"{self.name}: tasks of different sizes cannot be stacked. Use MetaConfig(task_batching='loop')."
+            )
+        names = self._aliases()
+        for chunk in episode.chunks(1 if single else config.task_chunk or episode.tasks):
+            one, count = (chunk.only(), None) if single else (chunk, chunk.tasks)
+            yield TaskCalls(self.module, one, count, names)
+
+    def _loop(self, calls: TaskCalls, weights: Sequence[float], second_order: bool) -> InnerLoop:
+        module, statistics = self.module, self.module.step_statistics
+
+        def run(call: Callable[..., Any], method: Callable[[Any], Any], parameters: Params, t: int) -> Tensor:
+            if statistics is None or not module.training:
+                with self.normalising(t) if self._by_step else nullcontext():
+                    plain: Tensor = call(method, parameters)
+                return plain
+            losses: Tensor
+            losses, found = call(statistics.recording(module, method), parameters)
+            statistics.update(module, t, found)
+            return losses
+
+        def support(parameters: Params, t: int) -> Tensor:
+            losses = run(calls.support, module.adaptation_loss, parameters, t)
+            if second_order and not torch.compiler.is_compiling():
+                self._check_twice(losses)
+            return losses
+
+        return InnerLoop(
+            support=support,
+            query=lambda parameters, t: run(calls.query, module.query_loss, parameters, t),
+            rate=self._rate,
+            steps=module.meta.adaptation_steps,
+            weights=weights,
+            second_order=second_order,
+            generators=self._generators if module.training else None,
+        )
+
+    def _check_twice(self, losses: Tensor) -> None:
+        """Look once for custom functions without a second derivative: ``autograd.grad`` passes over them without a word."""
+        if not self._checked and (names := sorted(once_differentiable(losses))):
+            raise no_second_derivative(f"the custom functions {names}", self.name)
+        self._checked = True
+
+    def _rate(self, t: int) -> Rate:
+        rates = self.module.inner_rates
+        return float(self.module.meta.inner_lr) if rates is None else rates.at(t)
+
+    def _generators(self, state: RandomState | None) -> RandomState:
+        if state is not None:
+            set_random_state(state, self.module.device)
+            return state
+        return random_state(self.module.device)
+
+    @property
+    def _by_step(self) -> bool:
+        """Whether each step normalises by statistics of its own."""
+        return self.module.step_statistics is not None and not self.module.training
+
+    def normalising(self, t: int) -> AbstractContextManager[None]:
+        """Let normalisation layers use what ``norm_stats`` says for the weights after ``t`` steps."""
+        kind = self.module.meta.norm_stats
+        if kind == "frozen":
+            return frozen_statistics(self.module)
+        statistics = self.module.step_statistics
+        return (
+            batch_statistics(self.module) if statistics is None or not self._by_step else statistics.at(self.module, t)
+        )
+
+    @contextmanager
+    def _conditions(self, *, second_order: bool) -> Iterator[None]:
+        """Silence the module's logs, which would see tasks and not batches, and choose kernels."""
+        with ExitStack() as stack:
+            stack.enter_context(twice_differentiable(second_order))
+            if not self._by_step:
+                stack.enter_context(self.normalising(0))
+            stack.enter_context(_silenced(self.module))
+            yield
+
+    @staticmethod
+    @contextmanager
+    def _evaluating() -> Iterator[None]:
+        """Allow gradients, wherever Lightning has switched them off."""
+        with torch.inference_mode(False), torch.enable_grad():
+            yield
+
+    def _told(self, work: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Do something, and say of its errors what a user can do about them."""
+        try:
+            return work(*args, **kwargs)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            raise RuntimeError(
+                f"{self.name}: the meta-gradient does not compile: {error}. Use MetaConfig(compile=False), or define "
+                "adaptation_loss(self, batch) without what stops it."
+            ) from error
+        except RuntimeError as error:
+            if "vmap" in str(error):
+                raise RuntimeError(
+                    f"{self.name}: something in the loss cannot run on stacked tasks: {error}. Use "
+                    "MetaConfig(task_batching='loop'), or define adaptation_loss(self, batch) without it."
+                ) from error
+            told = explained(error, self.name)
+            if told is error:
+                raise
+            raise told from error
+
+
+def _detached(parameters: Params) -> Params:
+    return {name: value.detach().requires_grad_() for name, value in parameters.items()}
+
+
+def _by_task(values: Sequence[Tensor | None]) -> list[list[float]]:
+    """Return a row for each task of what was measured after each step."""
+    if any(value is None for value in values):
+        return []
+    rows: list[list[float]] = torch.stack([value for value in values if value is not None], 1).tolist()
+    return rows
+
+
+def _joined(outcomes: Sequence[Outcome]) -> Outcome:
+    steps = zip(*(outcome.support for outcome in outcomes), strict=True)
+    return Outcome(
+        torch.cat([outcome.total for outcome in outcomes]),
+        torch.cat([outcome.query for outcome in outcomes]),
+        [torch.cat(step) for step in steps],
+    )
+
+
+@contextmanager
+def _silenced(module: pl.LightningModule) -> Iterator[None]:
+    attributes = ("log", "log_dict")
+    kept = {name: vars(module)[name] for name in attributes if name in vars(module)}
+    vars(module).update(dict.fromkeys(attributes, _nothing))
+    try:
+        yield
+    finally:
+        for name in attributes:
+            del vars(module)[name]
+        vars(module).update(kept)
+
+
+def _nothing(*args: Any, **kwargs: Any) -> None:
+    """Stand for a log that nobody reads."""

@@ -1,0 +1,63 @@
+"""The well-known variants of MAML, a mixin each."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_peft.mixins.maml_mixin import MAMLMixin
+
+
+class FOMAMLMixin(MAMLMixin):
+    """First-order MAML: the query gradient at the adapted weights is taken for the meta-gradient.
+
+    Finn et al. 2017, arXiv:1703.03400, section 5.2.
+    """
+
+    preset = {"second_order": False}
+
+
+class ANILMixin(MAMLMixin):
+    """Almost no inner loop: the head adapts, the outer loop learns everything. Raghu et al. 2020, arXiv:1909.09157."""
+
+    preset = {"adapt": "head"}
+
+
+class MetaSGDMixin(MAMLMixin):
+    """MAML that learns a rate for every weight besides. Li et al. 2017, arXiv:1707.09835."""
+
+    preset = {"learn_inner_lr": "parameter"}
+
+
+class ReptileMixin(MAMLMixin):
+    """Move towards what tasks adapt to: ``theta - mean of theta_k`` stands for the gradient, so the outer rate is the paper's step.
+
+    Nichol et al. 2018, arXiv:1803.02999, algorithm 2. The support set is all that trains; give it more rows in training than
+    in evaluation, as the paper does (1-shot tasks train with 10 or 15).
+
+    Raises:
+        ValueError: When a fit begins, for learned rates, which no gradient would reach.
+    """
+
+    preset = {"second_order": False}
+
+    @override
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        if stage == "fit" and self.meta.learn_inner_lr:
+            raise ValueError(
+                f"{type(self).__name__}: learn_inner_lr={self.meta.learn_inner_lr!r}: Reptile has no gradient for rates. "
+                "Leave it unset, or use FOMAMLMixin."
+            )
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Return a loss whose gradient leads to where the tasks of a batch went."""
+        episode = self.split_episode(batch)
+        loss, outcome = self.learner.reptile_loss(episode)
+        self.log("meta/support_loss", outcome.support[0].mean(), batch_size=episode.tasks)
+        self.log("meta/query_loss", outcome.query.mean(), prog_bar=True, batch_size=episode.tasks)
+        return loss
