@@ -28,7 +28,7 @@ from lightning_peft.recipes.ladder_verdicts import accuracy_difference
 
 TREC = ("description", "entity", "abbreviation", "human", "location", "number")
 INTENTS = 15
-BESIDE = "lora"
+BESIDE = "lora (encoder)"
 """The rung that all others are compared with."""
 
 

@@ -17,6 +17,8 @@ RUNS = {
     "keep_fluent": "Tune SmolLM2 on sentences of film critics while its perplexity on general text is held to a budget.",
     "keep_safe": "Tune SmolLM2 on harmless chat while its refusals are held to a budget.",
     "ladder": "Compare all rungs on one task: prompts, search, soft prompts, prefixes, a probe, LoRA, full fine-tuning.",
+    "maml_sinusoid": "Meta-learn sine waves from ten points, beside a network trained on all and one that knows a single wave.",
+    "maml_omniglot": "Meta-learn unseen characters from one drawing each, beside nearest centroids and plain training.",
     "continual": "Learn tasks one after the other and keep the earlier ones: all metrics; by replay, distillation or a budget.",
 }
 """Recipes that are a command of their own."""

@@ -79,21 +79,21 @@ class MetaLearner:
         weights = config.step_weights(epoch)
         inner = self._inner()
         with self._conditions(second_order=second_order):
-            chunks = list(self._chunks(episode))
+            chunks = list(self._chunks(episode, inner))
             if len(chunks) == 1 and config.memory == "graph":
                 loop = self._loop(chunks[0], weights, second_order)
                 outcome = self._told(meta_loss, loop, chunks[0].start(inner))
                 return outcome.total.mean(), outcome
             outer = [p for p in self.module.parameters() if p.requires_grad]
             total: list[Tensor | None] = [None] * len(outer)
-            outcomes = []
+            outcomes, tasks = [], episode.tasks
             for calls in chunks:
                 outcome, grads = self._gradients(calls, inner, outer, self._loop(calls, weights, second_order))
                 outcomes.append(outcome)
                 for place, grad in enumerate(grads):
                     if grad is not None:
                         known = total[place]
-                        total[place] = grad / episode.tasks if known is None else known + grad / episode.tasks
+                        total[place] = grad / tasks if known is None else known + grad / tasks
         joined = _joined(outcomes)
         return surrogate_loss(joined.total.mean(), zip(outer, total, strict=True)), joined
 
@@ -102,7 +102,7 @@ class MetaLearner:
         inner, outcomes = self._inner(), []
         moved = {name: torch.zeros_like(value) for name, value in inner.items()}
         with self._conditions(second_order=False):
-            for calls in self._chunks(episode):
+            for calls in self._chunks(episode, inner):
                 loop = self._loop(calls, [1.0], second_order=False)
                 start = parameters = _detached(calls.start(inner))
                 support = []
@@ -149,9 +149,10 @@ class MetaLearner:
 
     def adapted(self, support_of: Episode, steps: int) -> Params:
         """Return the weights of one task after so many first-order steps."""
-        calls = TaskCalls(self.module, support_of, None, self._aliases())
+        inner = self._inner()
+        calls = TaskCalls(self.module, support_of, None, aliases(self.module, inner))
         with self._evaluating(), self._conditions(second_order=False):
-            parameters = _detached(self._inner())
+            parameters = _detached(inner)
             loop = self._loop(calls, [1.0], second_order=False)
             for t in range(steps):
                 parameters = _detached(self._told(loop.step, parameters, t)[0])
@@ -159,11 +160,11 @@ class MetaLearner:
 
     def curve(self, episode: Episode) -> AdaptationCurve:
         """Return query losses, and accuracies, of tasks before adaptation and after each step of it."""
-        found = AdaptationCurve()
-        for calls in self._chunks(episode):
+        found, inner = AdaptationCurve(), self._inner()
+        for calls in self._chunks(episode, inner):
             measured = []
             with self._evaluating(), self._conditions(second_order=False):
-                parameters = _detached(calls.start(self._inner()))
+                parameters = _detached(calls.start(inner))
                 loop = self._loop(calls, [1.0], second_order=False)
                 for t in range(self.module.meta.eval_steps + 1):
                     measured.append(self._told(self._measured, calls, parameters, t))
@@ -175,29 +176,27 @@ class MetaLearner:
 
     @torch.no_grad()
     def _measured(self, calls: TaskCalls, parameters: Params, t: int) -> tuple[Tensor, Tensor | None]:
+        def both(batch: Any) -> list[Tensor]:
+            found = [self.module.query_loss(batch), self.module.query_accuracy(batch)]
+            return [value for value in found if value is not None]  # vmap returns tensors only
+
         with self.normalising(t) if self._by_step else nullcontext():
-            losses = calls.query(self.module.query_loss, parameters)
-            accuracy = calls.query(self.module.query_accuracy, parameters)
-        return losses, accuracy
+            losses, *accuracy = calls.query(both, parameters)
+        return losses, accuracy[0] if accuracy else None
 
     # --- what both share ------------------------------------------------------------------------------------------------------
 
     def _inner(self) -> Params:
-        names = self.module.inner_parameters()
-        named = dict(self.module.named_parameters())
-        return {name: named[name] for name in names}
+        return {name: self.module.get_parameter(name) for name in self.module.inner_parameters()}
 
-    def _aliases(self) -> dict[str, list[str]]:
-        return aliases(self.module, self.module.inner_parameters())
-
-    def _chunks(self, episode: Episode) -> Iterator[TaskCalls]:
+    def _chunks(self, episode: Episode, inner: Params) -> Iterator[TaskCalls]:
         config = self.module.meta
         single = config.task_batching == "loop"
         if episode.ragged and not single:
             raise ValueError(
                 f"{self.name}: tasks of different sizes cannot be stacked. Use MetaConfig(task_batching='loop')."
             )
-        names = self._aliases()
+        names = aliases(self.module, inner)
         for chunk in episode.chunks(1 if single else config.task_chunk or episode.tasks):
             one, count = (chunk.only(), None) if single else (chunk, chunk.tasks)
             yield TaskCalls(self.module, one, count, names)
@@ -313,6 +312,8 @@ def _by_task(values: Sequence[Tensor | None]) -> list[list[float]]:
 
 
 def _joined(outcomes: Sequence[Outcome]) -> Outcome:
+    if len(outcomes) == 1:
+        return outcomes[0]
     steps = zip(*(outcome.support for outcome in outcomes), strict=True)
     return Outcome(
         torch.cat([outcome.total for outcome in outcomes]),

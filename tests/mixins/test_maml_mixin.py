@@ -512,3 +512,17 @@ def test_old_rows_come_beside_episodes_and_not_among_them(trainer):
     assert module.replay_loss is not None
     with pytest.raises(ValueError, match=r"MAML learns from episodes.*class MAML\(ReplayMixin"):
         trainer(ReplayMixing(old, ratio=0.25)).fit(MAML("linear"), loader())
+
+
+class Regression(MAML):
+    def adaptation_loss(self, batch):
+        return F.mse_loss(self(batch[0])[:, 0], batch[1].to(self.dtype))
+
+    def query_accuracy(self, batch):
+        return None
+
+
+def test_tasks_without_classes_have_a_loss_and_no_accuracy(trainer):
+    logged = trainer().validate(Regression(), loader(), verbose=False)[0]
+    assert "meta/validation_loss" in logged
+    assert not any("accuracy" in key for key in logged)
