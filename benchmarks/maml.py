@@ -290,8 +290,8 @@ def main() -> None:
     write_text(options.results, json.dumps(results, indent=1) + "\n")
     if options.page:
         about = (
-            f"## What a meta-step costs\n\nCPU, {options.threads} thread, torch {torch.__version__}; {options.rounds} rounds on the MLP, "
-            "a third of them on Conv4-64, all arms in turns in one process."
+            f"## What a meta-step costs\n\nCPU, {options.threads} thread, torch {torch.__version__}; {options.rounds} rounds "
+            "on the MLP, a third of them on Conv4-64, all arms in turns in one process."
         )
         made = "Made by `python benchmarks/maml.py --page docs/meta-learning.md`."
         said = "\n".join(f"- {line}" for line in verdicts(results))
