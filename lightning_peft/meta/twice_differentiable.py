@@ -13,8 +13,8 @@ _SIGN = "is not implemented"
 
 
 @contextmanager
-def twice_differentiable(needed: bool) -> Iterator[None]:
-    """Let attention run in the math kernels, the only ones with a second derivative, on any device; nothing if not needed."""
+def math_attention(needed: bool) -> Iterator[None]:
+    """Let attention run in the math kernels: only they have a second derivative, and a rule for vmap; nothing if not needed."""
     if not needed:
         yield
         return

