@@ -16,8 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from lightning_peft.files import write_text
 from lightning_peft.recipes import ladder
@@ -25,6 +23,7 @@ from lightning_peft.recipes.ladder_bench import RUNGS
 from lightning_peft.recipes.ladder_page import grouped
 from lightning_peft.recipes.ladder_pictures import error_of
 from lightning_peft.recipes.ladder_verdicts import accuracy_difference
+from lightning_peft.reporting import TextTable
 
 TREC = ("description", "entity", "abbreviation", "human", "location", "number")
 INTENTS = 15
@@ -52,26 +51,28 @@ def tasks(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
     return found
 
 
-def show(runs: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Print the tables; return what they hold."""
+def show(runs: dict[str, dict[str, Any]]) -> tuple[dict[str, Any], list[TextTable]]:
+    """Print the tables; return what they hold, and them."""
     summary: dict[str, Any] = {}
+    tables = []
     for name, rows in runs.items():
-        groups = grouped(rows)
-        table = Table("rung", "labels", "n", "accuracy", f"less {BESIDE} (95 %)", "forgotten", title=name)
+        groups, lines = grouped(rows), []
         summary[name] = []
         for (arm, shots), found in groups.items():
             mean, error = statistics.fmean(row["accuracy"] for row in found), error_of(found)
             difference = accuracy_difference(found, groups.get((BESIDE, shots), []))
             told = "-" if difference is None or arm == BESIDE else str(difference)
             lost = statistics.fmean(row["forgotten attached"] for row in found)
-            table.add_row(arm, shots, str(len(found)), f"{mean:.3f} ± {error:.3f}", told, f"{lost:+.3f}")
+            lines.append((arm, shots, str(len(found)), f"{mean:.3f} ± {error:.3f}", told, f"{lost:+.3f}"))
             summary[name].append({
                 "rung": arm, "labels": shots, "n": len(found), "accuracy": mean, "spread": error,
                 f"less {BESIDE}": None if difference is None else [difference.low, difference.value, difference.high],
                 "forgotten attached": lost,
             })  # fmt: skip
-        Console().print(table)
-    return summary
+        columns = ("rung", "labels", "n", "accuracy", f"less {BESIDE} (95 %)", "forgotten")
+        tables.append(TextTable(name, columns, lines))
+        tables[-1].show()
+    return summary, tables
 
 
 def main() -> None:
@@ -88,6 +89,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a smoke run")
     parser.add_argument("--out", type=Path, default=Path("runs/ladder_tasks"), help="folder of the runs")
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results/ladder.json"))
+    parser.add_argument("--page", type=Path, help="a page for the tables")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
@@ -99,7 +101,16 @@ def main() -> None:
             for key in ("seeds", "shots", "budget", "test_rows", "quick", "rungs", "encoder_rungs")
         }
         runs[name] = ladder.run(ladder.Ladder(**task, **shared, out=str(options.out / name), resume=True))
-    write_text(options.results, json.dumps(show(runs), indent=1) + "\n")
+    summary, tables = show(runs)
+    write_text(options.results, json.dumps(summary, indent=1) + "\n")
+    if options.page:
+        about = (
+            f"# The ladder on {len(runs)} tasks\n\nBudget: {options.budget:,} tokens; {options.test_rows} test rows; of CLINC150 "
+            f"the first {INTENTS} intents. ± is the standard deviation over seeds, of one seed the error over test rows; "
+            "differences are paired over seeds and test rows. Forgotten: nats per token of general text, of an encoder recall@1."
+        )
+        made = "Made by `python benchmarks/ladder.py --trec DIR --clinc FILE`."
+        write_text(options.page, "\n\n".join([about, *(table.markdown() for table in tables), made]) + "\n")
 
 
 if __name__ == "__main__":

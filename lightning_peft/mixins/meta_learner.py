@@ -139,6 +139,11 @@ class MetaLearner:
     def _recomputed(self, loop: InnerLoop, start: Params, others: Sequence[Tensor]) -> Any:
         if not self.module.meta.compile:
             return recomputed(loop, start, others)
+        if not hasattr(torch._dynamo.config, "trace_autograd_ops"):
+            raise RuntimeError(
+                f"{self.name}: MetaConfig(compile=True) needs a torch that compiles torch.autograd.grad, as 2.13 does; this is "
+                f"{torch.__version__}. Use compile=False."
+            )
         if self._compiled is None:
             self._compiled = torch.compile(recomputed, fullgraph=True, dynamic=False, backend=self.compile_backend)
         # Its derivatives are all inside: torch traces autograd.grad only if asked to.
