@@ -106,10 +106,9 @@ class EpisodicDataModule(pl.LightningDataModule):
         )
 
     def _labels(self, rows: Any) -> Sequence[Hashable]:
-        own = getattr(rows, "labels", None)
-        if own is not None:
-            return [label.item() if hasattr(label, "item") else label for label in own]
-        found = [row[self.collate.label] if isinstance(row, dict) else row[-1] for row in rows]
+        found = getattr(rows, "labels", None)  # without reading the rows, where they know
+        if found is None:
+            found = [row[self.collate.label] if isinstance(row, dict) else row[-1] for row in rows]
         return [label.item() if hasattr(label, "item") else label for label in found]
 
     @override

@@ -8,7 +8,7 @@ of which depends on its own weights alone.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -92,7 +92,7 @@ def meta_loss(loop: InnerLoop, parameters: Params) -> Outcome:
 
 def recomputed(
     loop: InnerLoop, parameters: Params, others: Sequence[Tensor]
-) -> tuple[Outcome, list[Tensor], list[Tensor | None]]:
+) -> tuple[Outcome, list[Tensor | None], list[Tensor | None]]:
     """Return what :func:`meta_loss` comes to, and its gradients, with the graph of one inner step at a time.
 
     Backwards from ``v = 0``: ``v <- v + w_t grad L_query(theta_t)``, then ``v <- J^T v`` through step ``t``: for plain rates
@@ -108,49 +108,46 @@ def recomputed(
         The outcome, the gradient of the summed total by every parameter, and by all others (None: it depends on none).
     """
     path, support, states = [_leaves(parameters)], [], []
+    forward = replace(loop, second_order=False)
     for t in range(loop.steps):
         states.append(loop.generators(None) if loop.generators else None)
-        following, losses = _first_order(loop).step(path[-1], t)
+        following, losses = forward.step(path[-1], t)
         path.append(_leaves(following))
         support.append(losses.detach())
     totals, final = [], None
-    v: list[Tensor] = [torch.zeros_like(value) for value in parameters.values()]
+    v: list[Tensor | None] = [torch.zeros_like(value) for value in parameters.values()]
     rest: list[Tensor | None] = [None] * len(others)
     for t in reversed(range(loop.steps)):
         if loop.weights[t]:
             query = loop.weights[t] * loop.query(path[t + 1], t + 1)
             totals.append(query.detach())
             final = query.detach() / loop.weights[t] if final is None else final
-            v, rest = _added([query.sum()], path[t + 1], others, None, (v, rest))
+            own, more = _gradients([query.sum()], path[t + 1], others, None)
+            v, rest = [*map(_sum, v, own)], [*map(_sum, rest, more)]
         if states[t] is not None and loop.generators:
             loop.generators(states[t])
         following, _ = loop.step(path[t], t)
-        zero = [torch.zeros_like(value) for value in v]
-        v, rest = _added(list(following.values()), path[t], others, v, (zero, rest))
+        v, more = _gradients(list(following.values()), path[t], others, v)
+        rest = [*map(_sum, rest, more)]
     assert final is not None
     outcome = Outcome(torch.stack(totals).sum(0), final, support)
-    return outcome, [one.detach() for one in v], [None if one is None else one.detach() for one in rest]
-
-
-def _first_order(loop: InnerLoop) -> InnerLoop:
-    return InnerLoop(loop.support, loop.query, loop.rate, loop.steps, loop.weights, second_order=False)
+    v, rest = ([None if one is None else one.detach() for one in side] for side in (v, rest))
+    return outcome, v, rest
 
 
 def _leaves(parameters: Params) -> Params:
     return {name: value.detach().requires_grad_() for name, value in parameters.items()}
 
 
-def _added(
-    outputs: list[Tensor],
-    parameters: Params,
-    others: Sequence[Tensor],
-    weights: list[Tensor] | None,
-    before: tuple[list[Tensor], list[Tensor | None]],
-) -> tuple[list[Tensor], list[Tensor | None]]:
-    """Add the gradients of outputs, each weighted, to those before."""
+def _gradients(
+    outputs: list[Tensor], parameters: Params, others: Sequence[Tensor], weights: Sequence[Tensor | None] | None
+) -> tuple[list[Tensor | None], list[Tensor | None]]:
+    """Return the gradients of outputs, each weighted, by the parameters and by what else they depend on."""
     found = torch.autograd.grad(outputs, [*parameters.values(), *others], grad_outputs=weights, allow_unused=True)
-    own, rest = found[: len(parameters)], found[len(parameters) :]
-    first = [old if new is None else old + new for old, new in zip(before[0], own, strict=True)]
-    return first, [
-        new if old is None else old if new is None else old + new for old, new in zip(before[1], rest, strict=True)
-    ]
+    return list(found[: len(parameters)]), list(found[len(parameters) :])
+
+
+def _sum(old: Tensor | None, new: Tensor | None) -> Tensor | None:
+    if old is None or new is None:
+        return new if old is None else old
+    return old + new

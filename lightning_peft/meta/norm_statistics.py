@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -66,12 +66,11 @@ class StepStatistics(nn.Module):
         steps: Inner steps of training; the weights after the last are a step too.
     """
 
-    means: Mapping[str, Tensor]
-
     def __init__(self, module: nn.Module, steps: int) -> None:
         super().__init__()
-        self.layers = list(running_layers(module))
-        for i, layer in enumerate(running_layers(module).values()):
+        found = running_layers(module)
+        self.layers = list(found)
+        for i, layer in enumerate(found.values()):
             for kind in ("running_mean", "running_var"):
                 value: Tensor = getattr(layer, kind)
                 self.register_buffer(f"{kind}_{i}", value.detach().repeat(steps + 1, 1))
@@ -90,7 +89,7 @@ class StepStatistics(nn.Module):
                         dims = [d for d in range(rows.dim()) if d != 1]
                         found[name] = torch.stack([rows.mean(dims), rows.var(dims)])
 
-                    hooks.enter_context(_removed(module.get_submodule(name).register_forward_pre_hook(look)))
+                    hooks.callback(module.get_submodule(name).register_forward_pre_hook(look).remove)
                 result = method(batch)
             missing = [name for name in self.layers if name not in found]
             if missing:
@@ -126,11 +125,3 @@ class StepStatistics(nn.Module):
         finally:
             for layer, buffers in zip(layers, kept, strict=True):
                 layer._buffers.update(buffers)
-
-
-@contextmanager
-def _removed(handle: Any) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        handle.remove()

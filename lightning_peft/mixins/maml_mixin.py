@@ -20,6 +20,7 @@ from lightning_peft.meta.adaptation_curve import AdaptationCurve, curve_figure
 from lightning_peft.meta.config import MetaConfig
 from lightning_peft.meta.episode import Episode, as_episode, over_tensors
 from lightning_peft.meta.fast_weights import FastWeights, aliases
+from lightning_peft.meta.inner_loop import Outcome
 from lightning_peft.meta.inner_rates import InnerRates
 from lightning_peft.meta.norm_statistics import StepStatistics
 from lightning_peft.meta.twice_differentiable import explained
@@ -72,7 +73,7 @@ class MAMLMixin(pl.LightningModule):
 
     def __init__(self, *args: Any, meta: MetaConfig | Mapping[str, Any] | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._hparams_without("meta")
+        self.hparams.pop("meta", None)  # it is in the checkpoint under a key of its own
         self._given = meta is not None
         self._takes_index = len(inspect.signature(super().training_step).parameters) > 1
         self.meta = self._with_preset(meta if isinstance(meta, MetaConfig) else MetaConfig(**(meta or {})))
@@ -178,10 +179,14 @@ class MAMLMixin(pl.LightningModule):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the meta-loss of a batch of episodes."""
         episode = self.split_episode(batch)
-        loss, outcome = self.learner.meta_loss(episode, self.current_epoch)
+        loss, outcome = self.outer_loss(episode)
         self.log("meta/support_loss", outcome.support[0].mean(), batch_size=episode.tasks)
         self.log("meta/query_loss", outcome.query.mean(), prog_bar=True, batch_size=episode.tasks)
         return loss
+
+    def outer_loss(self, episode: Episode) -> tuple[Tensor, Outcome]:
+        """Return the loss that the outer loop goes down, and what it is made of."""
+        return self.learner.meta_loss(episode, self.current_epoch)
 
     @override
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
@@ -259,10 +264,6 @@ class MAMLMixin(pl.LightningModule):
         return replace(
             config, **{key: value for key, value in self.preset.items() if getattr(config, key) == defaults[key]}
         )
-
-    def _hparams_without(self, name: str) -> None:
-        """Take out of ``save_hyperparameters`` what only the mixin knows; it is in the checkpoint under a key of its own."""
-        self.hparams.pop(name, None)
 
 
 def _out_of_inference(batch: Any) -> Any:

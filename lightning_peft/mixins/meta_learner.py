@@ -106,10 +106,9 @@ class MetaLearner:
                 loop = self._loop(calls, [1.0], second_order=False)
                 start = parameters = _detached(calls.start(inner))
                 support = []
-                for t in range(loop.steps):
-                    parameters, losses = self._told(loop.step, parameters, t)
-                    parameters = _detached(parameters)
-                    support.append(losses.detach())
+                for adapted, losses in self._steps(loop, start, loop.steps):
+                    parameters = adapted
+                    support.append(losses)
                 with torch.no_grad():
                     query = loop.query(parameters, loop.steps)
                     far = calls.summed([start[name] - parameters[name] for name in inner])
@@ -159,8 +158,8 @@ class MetaLearner:
         with self._evaluating(), self._conditions(second_order=False):
             parameters = _detached(inner)
             loop = self._loop(calls, [1.0], second_order=False)
-            for t in range(steps):
-                parameters = _detached(self._told(loop.step, parameters, t)[0])
+            for adapted, _ in self._steps(loop, parameters, steps):
+                parameters = adapted
         return {name: value.detach() for name, value in parameters.items()}
 
     def curve(self, episode: Episode) -> AdaptationCurve:
@@ -171,13 +170,19 @@ class MetaLearner:
             with self._evaluating(), self._conditions(second_order=False):
                 parameters = _detached(calls.start(inner))
                 loop = self._loop(calls, [1.0], second_order=False)
-                for t in range(self.module.meta.eval_steps + 1):
-                    measured.append(self._told(self._measured, calls, parameters, t))
-                    if t < self.module.meta.eval_steps:
-                        parameters = _detached(self._told(loop.step, parameters, t)[0])
+                measured.append(self._told(self._measured, calls, parameters, 0))
+                for t, (adapted, _) in enumerate(self._steps(loop, parameters, self.module.meta.eval_steps)):
+                    measured.append(self._told(self._measured, calls, adapted, t + 1))
             losses, accuracies = zip(*measured, strict=True)
             found.add(AdaptationCurve(_by_task(losses), _by_task(accuracies)))
         return found
+
+    def _steps(self, loop: InnerLoop, parameters: Params, steps: int) -> Iterator[tuple[Params, Tensor]]:
+        """Yield the weights after each step, without a graph, and the losses before it."""
+        for t in range(steps):
+            parameters, losses = self._told(loop.step, parameters, t)
+            parameters = _detached(parameters)
+            yield parameters, losses.detach()
 
     @torch.no_grad()
     def _measured(self, calls: TaskCalls, parameters: Params, t: int) -> tuple[Tensor, Tensor | None]:
@@ -185,7 +190,7 @@ class MetaLearner:
             found = [self.module.query_loss(batch), self.module.query_accuracy(batch)]
             return [value for value in found if value is not None]  # vmap returns tensors only
 
-        with self.normalising(t) if self._by_step else nullcontext():
+        with self._at(t):
             losses, *accuracy = calls.query(both, parameters)
         return losses, accuracy[0] if accuracy else None
 
@@ -211,7 +216,7 @@ class MetaLearner:
 
         def run(call: Callable[..., Any], method: Callable[[Any], Any], parameters: Params, t: int) -> Tensor:
             if statistics is None or not module.training:
-                with self.normalising(t) if self._by_step else nullcontext():
+                with self._at(t):
                     plain: Tensor = call(method, parameters)
                 return plain
             losses: Tensor
@@ -255,6 +260,9 @@ class MetaLearner:
     def _by_step(self) -> bool:
         """Whether each step normalises by statistics of its own."""
         return self.module.step_statistics is not None and not self.module.training
+
+    def _at(self, t: int) -> AbstractContextManager[None]:
+        return self.normalising(t) if self._by_step else nullcontext()  # else it holds for all steps already
 
     def normalising(self, t: int) -> AbstractContextManager[None]:
         """Let normalisation layers use what ``norm_stats`` says for the weights after ``t`` steps."""

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_peft.meta.episode import Episode
+from lightning_peft.meta.inner_loop import Outcome
 from lightning_peft.mixins.maml_mixin import MAMLMixin
 
 
@@ -53,11 +52,6 @@ class ReptileMixin(MAMLMixin):
                 "Leave it unset, or use FOMAMLMixin."
             )
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """Return a loss whose gradient leads to where the tasks of a batch went."""
-        episode = self.split_episode(batch)
-        loss, outcome = self.learner.reptile_loss(episode)
-        self.log("meta/support_loss", outcome.support[0].mean(), batch_size=episode.tasks)
-        self.log("meta/query_loss", outcome.query.mean(), prog_bar=True, batch_size=episode.tasks)
-        return loss
+    @override
+    def outer_loss(self, episode: Episode) -> tuple[Tensor, Outcome]:
+        return self.learner.reptile_loss(episode)
