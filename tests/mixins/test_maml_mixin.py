@@ -50,6 +50,13 @@ BODIES = {
         nn.Linear(27, 5),
     ),
     "group_norm": lambda: nn.Sequential(nn.Linear(4, 6), nn.GroupNorm(2, 6), nn.Tanh(), nn.Linear(6, 5)),
+    "instance_norm": lambda: nn.Sequential(
+        nn.Linear(4, 6),
+        nn.Unflatten(1, (2, 3)),
+        nn.InstanceNorm1d(2, track_running_stats=True),
+        nn.Flatten(),
+        nn.Linear(6, 5),
+    ),
     "attention": lambda: nn.Sequential(
         nn.Unflatten(1, (2, 2)), nn.Linear(2, 4), Attention(), nn.Flatten(), nn.Linear(8, 5)
     ),
@@ -528,3 +535,10 @@ def test_tasks_without_classes_have_a_loss_and_no_accuracy(trainer):
     logged = trainer().validate(Regression(), loader(), verbose=False)[0]
     assert "meta/validation_loss" in logged
     assert not any("accuracy" in key for key in logged)
+
+
+@pytest.mark.parametrize("body", ["batch_norm", "instance_norm"])
+def test_batch_statistics_are_those_of_the_batch_in_eval_mode_too(body):
+    module = prepared(body=body, adaptation_steps=2)
+    curves = [net.learner.curve(episode()) for net in (module, copy.deepcopy(module).eval())]
+    assert curves[0] == curves[1]
