@@ -31,7 +31,11 @@ class Episode(NamedTuple):
 
     def chunks(self, size: int) -> Iterator[Episode]:
         """Yield the tasks in order, at most ``size`` at a time, views all."""
-        for start in range(0, self.tasks, size):
+        tasks = self.tasks
+        if size >= tasks:
+            yield self
+            return
+        for start in range(0, tasks, size):
             yield self._each(slice(start, start + size), ragged=self.ragged)
 
     def only(self) -> Episode:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lightning_peft.meta.inner_rates import Rate
-from lightning_peft.meta.task_losses import Params
+from lightning_peft.meta.task_losses import Params, TaskCalls
 from lightning_peft.randomness import RandomState
 
 Losses = Callable[[Params, int], Tensor]
@@ -91,63 +91,72 @@ def meta_loss(loop: InnerLoop, parameters: Params) -> Outcome:
 
 
 def recomputed(
-    loop: InnerLoop, parameters: Params, others: Sequence[Tensor]
+    loop: InnerLoop, calls: TaskCalls, parameters: Params, others: Sequence[Tensor]
 ) -> tuple[Outcome, list[Tensor | None], list[Tensor | None]]:
     """Return what :func:`meta_loss` comes to, and its gradients, with the graph of one inner step at a time.
 
     Backwards from ``v = 0``: ``v <- v + w_t grad L_query(theta_t)``, then ``v <- J^T v`` through step ``t``: for plain rates
     ``v - alpha H v``, a Hessian-vector product (the mode that MixFlow-MG uses, Kemaev et al. 2025, arXiv:2505.00793). Only the
-    weights after each step are kept.
+    weights after each step are kept, and each until the recursion has passed it.
 
     Args:
         loop: The inner loop.
-        parameters: What it starts from, of all tasks.
+        calls: The tasks that it runs over.
+        parameters: What all of them start from.
         others: What else the losses depend on, learned rates among them.
 
     Returns:
         The outcome, the gradient of the summed total by every parameter, and by all others (None: it depends on none).
     """
-    path, support, states = [_leaves(parameters)], [], []
+    path, support, states = [_leaves(calls.start(parameters))], [], []
     forward = replace(loop, second_order=False)
     for t in range(loop.steps):
         states.append(loop.generators(None) if loop.generators else None)
         following, losses = forward.step(path[-1], t)
         path.append(_leaves(following))
         support.append(losses.detach())
-    totals, final = [], None
-    v: list[Tensor | None] = [torch.zeros_like(value) for value in parameters.values()]
+    del following, losses  # they would outlive what is popped below
+    queries: list[tuple[float, Tensor]] = []
+    v: list[Tensor | None] = [torch.zeros_like(value) for value in path[-1].values()]
     rest: list[Tensor | None] = [None] * len(others)
     for t in reversed(range(loop.steps)):
+        reached = path.pop()
         if loop.weights[t]:
-            query = loop.weights[t] * loop.query(path[t + 1], t + 1)
-            totals.append(query.detach())
-            final = query.detach() / loop.weights[t] if final is None else final
-            own, more = _gradients([query.sum()], path[t + 1], others, None)
-            v, rest = [*map(_sum, v, own)], [*map(_sum, rest, more)]
+            query = loop.query(reached, t + 1)
+            queries.append((loop.weights[t], query.detach()))
+            _through([query.sum() * loop.weights[t]], reached, others, None, (v, rest))
+            del query
+        del reached
         if states[t] is not None and loop.generators:
             loop.generators(states[t])
-        following, _ = loop.step(path[t], t)
-        v, more = _gradients(list(following.values()), path[t], others, v)
-        rest = [*map(_sum, rest, more)]
-    assert final is not None
-    outcome = Outcome(torch.stack(totals).sum(0), final, support)
+        before, v = v, [None] * len(v)
+        _through(list(loop.step(path[t], t)[0].values()), path[t], others, before, (v, rest))
+        del before
+    total = torch.stack([weight * query for weight, query in queries]).sum(0)
     v, rest = ([None if one is None else one.detach() for one in side] for side in (v, rest))
-    return outcome, v, rest
+    return Outcome(total, queries[0][1], support), calls.summed(v), rest
+
+
+def _through(
+    outputs: list[Tensor],
+    parameters: Params,
+    others: Sequence[Tensor],
+    weights: Sequence[Tensor | None] | None,
+    onto: tuple[list[Tensor | None], list[Tensor | None]],
+) -> None:
+    """Add the gradients of outputs, each weighted, by the parameters and by what else they depend on, onto known ones."""
+    found = torch.autograd.grad(outputs, [*parameters.values(), *others], grad_outputs=weights, allow_unused=True)
+    own, more = onto
+    own[:] = map(added, own, found[: len(parameters)])
+    more[:] = map(added, more, found[len(parameters) :])
 
 
 def _leaves(parameters: Params) -> Params:
     return {name: value.detach().requires_grad_() for name, value in parameters.items()}
 
 
-def _gradients(
-    outputs: list[Tensor], parameters: Params, others: Sequence[Tensor], weights: Sequence[Tensor | None] | None
-) -> tuple[list[Tensor | None], list[Tensor | None]]:
-    """Return the gradients of outputs, each weighted, by the parameters and by what else they depend on."""
-    found = torch.autograd.grad(outputs, [*parameters.values(), *others], grad_outputs=weights, allow_unused=True)
-    return list(found[: len(parameters)]), list(found[len(parameters) :])
-
-
-def _sum(old: Tensor | None, new: Tensor | None) -> Tensor | None:
+def added(old: Tensor | None, new: Tensor | None) -> Tensor | None:
+    """Return the sum of two gradients, either of which may be missing."""
     if old is None or new is None:
         return new if old is None else old
     return old + new

@@ -2,52 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-from torch.func import functional_call
+from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from lightning_peft.meta.episode import Episode, over_tensors
+from lightning_peft.meta.places import Places
+from lightning_peft.meta.stacking import over_tasks
 
 Params = dict[str, Tensor]
 """Fast weights by name; of stacked tasks, each with the tasks for its first dimension."""
 Method = Callable[[Any], Any]
 
 
-class _Caller(nn.Module):
-    """Runs any method of a module, where torch swaps parameters for a ``forward``."""
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module = module
-
-    def forward(self, method: Method, batch: Any) -> Any:
-        return method(batch)
-
-
 @dataclass(frozen=True)
 class TaskCalls:
-    """Some tasks of an episode and the module whose methods judge them.
+    """Some tasks of an episode, and the places of a module where its methods find the weights of each.
 
     ``task_batching="stacked"`` runs the *forward* of all tasks under ``torch.vmap`` and leaves derivatives to ordinary autograd.
     **The trap** is to put a derivative inside: ``vmap(grad(loss))``, differentiated again, is wrong through every normalisation
     layer (3e-3 through LayerNorm, without an error; pytorch/functorch#534).
 
     Args:
-        module: Whose methods are called.
         episode: Of stacked tasks with their first dimension, of a single task without it.
         tasks: How many tasks are stacked; None for a single one.
-        aliases: All names of every parameter that adapts: several where weights are tied.
+        places: Where the parameters that adapt live.
     """
 
-    module: nn.Module
     episode: Episode
     tasks: int | None
-    aliases: Mapping[str, Sequence[str]]
+    places: Places
 
     def start(self, parameters: Params) -> Params:
         """Return the weights that all tasks begin with."""
@@ -68,13 +55,18 @@ class TaskCalls:
         return self._call(method, parameters, self.episode.query)
 
     def _call(self, method: Method, parameters: Params, batch: Any) -> Any:
-        caller, aliases = _Caller(self.module), self.aliases
-
-        def one(parameters: Params, batch: Any) -> Any:
-            swapped = {f"module.{alias}": value for name, value in parameters.items() for alias in aliases[name]}
-            return functional_call(caller, swapped, (method, batch), tie_weights=False)
-
         if self.tasks is None:
-            return over_tensors(one(parameters, batch), lambda result: result[None])
-        dims = pytree.tree_map(lambda leaf: 0 if isinstance(leaf, Tensor) else None, batch)
-        return torch.vmap(one, in_dims=(0, dims), randomness="different")(parameters, batch)
+            with self.places.holding(list(parameters.values())):
+                return over_tensors(method(batch), lambda result: result[None])
+
+        leaves, structure = pytree.tree_flatten(batch)
+        stacked = [place for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+
+        def one(*tensors: Tensor) -> Any:
+            filled = list(leaves)
+            for place, tensor in zip(stacked, tensors[len(parameters) :], strict=True):
+                filled[place] = tensor
+            with self.places.holding(tensors[: len(parameters)], stacked=True):
+                return method(pytree.tree_unflatten(filled, structure))
+
+        return over_tasks(one, [*parameters.values(), *(leaves[place] for place in stacked)])

@@ -14,15 +14,15 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_peft.distributed import gather_objects
-from lightning_peft.in_place import in_place_of
 from lightning_peft.logging import log_figure
 from lightning_peft.meta.adaptation_curve import AdaptationCurve, curve_figure
 from lightning_peft.meta.config import MetaConfig
 from lightning_peft.meta.episode import Episode, as_episode, over_tensors
-from lightning_peft.meta.fast_weights import FastWeights, aliases
+from lightning_peft.meta.fast_weights import FastWeights
 from lightning_peft.meta.inner_loop import Outcome
 from lightning_peft.meta.inner_rates import InnerRates
 from lightning_peft.meta.norm_statistics import StepStatistics
+from lightning_peft.meta.places import Places
 from lightning_peft.meta.twice_differentiable import explained
 from lightning_peft.mixins.inner_names import inner_names
 from lightning_peft.mixins.meta_learner import MetaLearner
@@ -135,9 +135,8 @@ class MAMLMixin(pl.LightningModule):
     @contextmanager
     def with_fast_weights(self, fast: FastWeights) -> Iterator[None]:
         """Let the module's own ``forward`` see adapted weights inside the block."""
-        names = aliases(self, fast.parameters)
-        values = {alias: value for name, value in fast.parameters.items() for alias in names[name]}
-        with self.learner.normalising(fast.steps), in_place_of(self, values):
+        places = Places(self, fast.parameters)
+        with self.learner.normalising(fast.steps), places.holding(list(fast.parameters.values())):
             yield
 
     # --- Lightning ------------------------------------------------------------------------------------------------------------

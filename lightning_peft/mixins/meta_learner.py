@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
@@ -13,10 +14,10 @@ from torch import Tensor
 
 from lightning_peft.meta.adaptation_curve import AdaptationCurve
 from lightning_peft.meta.episode import Episode
-from lightning_peft.meta.fast_weights import aliases
-from lightning_peft.meta.inner_loop import InnerLoop, Outcome, meta_loss, recomputed
+from lightning_peft.meta.inner_loop import InnerLoop, Outcome, added, meta_loss, recomputed
 from lightning_peft.meta.inner_rates import Rate
 from lightning_peft.meta.norm_statistics import batch_statistics, frozen_statistics
+from lightning_peft.meta.places import Places
 from lightning_peft.meta.surrogate import surrogate_loss
 from lightning_peft.meta.task_losses import Params, TaskCalls
 from lightning_peft.meta.twice_differentiable import (
@@ -77,32 +78,31 @@ class MetaLearner:
         config = self.module.meta
         second_order = config.second_order_at(epoch)
         weights = config.step_weights(epoch)
-        inner = self._inner()
+        places = self._places()
+        inner = places.parameters
         with self._conditions(second_order=second_order):
-            chunks = list(self._chunks(episode, inner))
+            chunks = list(self._chunks(episode, places))
             if len(chunks) == 1 and config.memory == "graph":
                 loop = self._loop(chunks[0], weights, second_order)
                 outcome = self._told(meta_loss, loop, chunks[0].start(inner))
                 return outcome.total.mean(), outcome
             outer = [p for p in self.module.parameters() if p.requires_grad]
             total: list[Tensor | None] = [None] * len(outer)
-            outcomes, tasks = [], episode.tasks
+            outcomes = []
             for calls in chunks:
                 outcome, grads = self._gradients(calls, inner, outer, self._loop(calls, weights, second_order))
                 outcomes.append(outcome)
-                for place, grad in enumerate(grads):
-                    if grad is not None:
-                        known = total[place]
-                        total[place] = grad / tasks if known is None else known + grad / tasks
+                total = list(map(added, total, grads))
         joined = _joined(outcomes)
-        return surrogate_loss(joined.total.mean(), zip(outer, total, strict=True)), joined
+        return surrogate_loss(joined.total.sum(), zip(outer, total, strict=True)) / len(joined.total), joined
 
     def reptile_loss(self, episode: Episode) -> tuple[Tensor, Outcome]:
         """Return a loss whose gradient is ``theta - mean over tasks of theta_k``; its value is the query loss at ``theta_k``."""
-        inner, outcomes = self._inner(), []
+        places, outcomes = self._places(), []
+        inner = places.parameters
         moved = {name: torch.zeros_like(value) for name, value in inner.items()}
         with self._conditions(second_order=False):
-            for calls in self._chunks(episode, inner):
+            for calls in self._chunks(episode, places):
                 loop = self._loop(calls, [1.0], second_order=False)
                 start = parameters = _detached(calls.start(inner))
                 support = []
@@ -129,15 +129,14 @@ class MetaLearner:
             return outcome, self._told(torch.autograd.grad, total, outer, allow_unused=True)
         own = {id(value) for value in inner.values()}
         others = [value for value in outer if id(value) not in own]
-        start = {name: value.detach() for name, value in calls.start(inner).items()}
-        outcome, v, rest = self._told(self._recomputed, loop, start, others)
-        by_id: dict[int, Tensor | None] = dict(zip(map(id, inner.values()), calls.summed(v), strict=True))
+        outcome, v, rest = self._told(self._recomputed, loop, calls, inner, others)
+        by_id: dict[int, Tensor | None] = dict(zip(map(id, inner.values()), v, strict=True))
         by_id |= dict(zip(map(id, others), rest, strict=True))
         return outcome, [by_id[id(value)] for value in outer]
 
-    def _recomputed(self, loop: InnerLoop, start: Params, others: Sequence[Tensor]) -> Any:
+    def _recomputed(self, loop: InnerLoop, calls: TaskCalls, inner: Params, others: Sequence[Tensor]) -> Any:
         if not self.module.meta.compile:
-            return recomputed(loop, start, others)
+            return recomputed(loop, calls, inner, others)
         if not hasattr(torch._dynamo.config, "trace_autograd_ops"):
             raise RuntimeError(
                 f"{self.name}: MetaConfig(compile=True) needs a torch that compiles torch.autograd.grad, as 2.13 does; this is "
@@ -147,16 +146,16 @@ class MetaLearner:
             self._compiled = torch.compile(recomputed, fullgraph=True, dynamic=False, backend=self.compile_backend)
         # Its derivatives are all inside: torch traces autograd.grad only if asked to.
         with torch._dynamo.config.patch(trace_autograd_ops=True):
-            return self._compiled(replace(loop, generators=None), start, others)
+            return self._compiled(replace(loop, generators=None), calls, inner, others)
 
     # --- evaluation -----------------------------------------------------------------------------------------------------------
 
     def adapted(self, support_of: Episode, steps: int) -> Params:
         """Return the weights of one task after so many first-order steps."""
-        inner = self._inner()
-        calls = TaskCalls(self.module, support_of, None, aliases(self.module, inner))
+        places = self._places()
+        calls = TaskCalls(support_of, None, places)
         with self._evaluating(), self._conditions(second_order=False):
-            parameters = _detached(inner)
+            parameters = _detached(places.parameters)
             loop = self._loop(calls, [1.0], second_order=False)
             for adapted, _ in self._steps(loop, parameters, steps):
                 parameters = adapted
@@ -164,11 +163,11 @@ class MetaLearner:
 
     def curve(self, episode: Episode) -> AdaptationCurve:
         """Return query losses, and accuracies, of tasks before adaptation and after each step of it."""
-        found, inner = AdaptationCurve(), self._inner()
-        for calls in self._chunks(episode, inner):
+        found, places = AdaptationCurve(), self._places()
+        for calls in self._chunks(episode, places):
             measured = []
             with self._evaluating(), self._conditions(second_order=False):
-                parameters = _detached(calls.start(inner))
+                parameters = _detached(calls.start(places.parameters))
                 loop = self._loop(calls, [1.0], second_order=False)
                 measured.append(self._told(self._measured, calls, parameters, 0))
                 for t, (adapted, _) in enumerate(self._steps(loop, parameters, self.module.meta.eval_steps)):
@@ -196,20 +195,19 @@ class MetaLearner:
 
     # --- what both share ------------------------------------------------------------------------------------------------------
 
-    def _inner(self) -> Params:
-        return {name: self.module.get_parameter(name) for name in self.module.inner_parameters()}
+    def _places(self) -> Places:
+        return Places(self.module, self.module.inner_parameters())
 
-    def _chunks(self, episode: Episode, inner: Params) -> Iterator[TaskCalls]:
+    def _chunks(self, episode: Episode, places: Places) -> Iterator[TaskCalls]:
         config = self.module.meta
         single = config.task_batching == "loop"
         if episode.ragged and not single:
             raise ValueError(
                 f"{self.name}: tasks of different sizes cannot be stacked. Use MetaConfig(task_batching='loop')."
             )
-        names = aliases(self.module, inner)
-        for chunk in episode.chunks(1 if single else config.task_chunk or episode.tasks):
+        for chunk in episode.chunks(1 if single else config.task_chunk or sys.maxsize):
             one, count = (chunk.only(), None) if single else (chunk, chunk.tasks)
-            yield TaskCalls(self.module, one, count, names)
+            yield TaskCalls(one, count, places)
 
     def _loop(self, calls: TaskCalls, weights: Sequence[float], second_order: bool) -> InnerLoop:
         module, statistics = self.module, self.module.step_statistics

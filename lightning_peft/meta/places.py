@@ -1,0 +1,78 @@
+"""Where the parameters that adapt live in a module, and tensors put there instead of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from lightning_peft.matching import nearest
+from lightning_peft.meta.stacking import STACKED
+
+
+class Places:
+    """Every place of some parameters of a module: several where weights are tied.
+
+    Args:
+        module: The module.
+        names: Dotted names of the parameters.
+
+    Raises:
+        ValueError: For a name that is no parameter's.
+
+    >>> net = nn.ModuleDict({"a": nn.Linear(2, 2, bias=False), "b": nn.Linear(2, 2, bias=False)})
+    >>> net["b"].weight = net["a"].weight
+    >>> places = Places(net, ["a.weight"])
+    >>> with places.holding([net["a"].weight.new_zeros(2, 2)]):
+    ...     print(net["b"].weight.sum().item())
+    0.0
+    """
+
+    def __init__(self, module: nn.Module, names: Collection[str]) -> None:
+        owners = dict(module.named_modules(remove_duplicate=False))
+        named: dict[str, Tensor] = {}
+        tables: dict[int, list[tuple[dict[str, Any], str]]] = {}
+        for path, owner in owners.items():
+            for key, parameter in owner._parameters.items():
+                if parameter is not None:
+                    named[f"{path}.{key}" if path else key] = parameter
+                    tables.setdefault(id(parameter), []).append((owner._parameters, key))
+        if unknown := [name for name in names if name not in named]:
+            raise ValueError(
+                f"Places: {unknown[0]!r} is no parameter of {type(module).__name__}. Nearest: {nearest(unknown[0], named)}."
+            )
+        self.parameters = {name: named[name] for name in names}
+        self._tables = [tables[id(parameter)] for parameter in self.parameters.values()]
+        touched = {id(table) for found in self._tables for table, _ in found}
+        # Of exactly these classes, whose forward is known; not where something else has taken its place already.
+        self._forwards: list[tuple[dict[str, Any], Callable[..., Tensor]]] = [
+            (vars(owner), partial(STACKED[type(owner)], owner))
+            for owner in {id(owner): owner for owner in owners.values()}.values()
+            if id(owner._parameters) in touched and type(owner) in STACKED and "forward" not in vars(owner)
+        ]
+
+    @contextmanager
+    def holding(self, values: Sequence[Tensor], *, stacked: bool = False) -> Iterator[None]:
+        """Let the module find tensors in the places of its parameters; all of its own code sees them.
+
+        Args:
+            values: One for each parameter, in order.
+            stacked: Whether this is inside ``vmap`` over tasks: layers that have a faster form for many weights then use it.
+        """
+        forwards = self._forwards if stacked else []
+        for found, value in zip(self._tables, values, strict=True):
+            for table, key in found:
+                table[key] = value
+        for attributes, forward in forwards:
+            attributes["forward"] = forward
+        try:
+            yield
+        finally:
+            for attributes, _ in forwards:
+                del attributes["forward"]
+            for found, own in zip(self._tables, self.parameters.values(), strict=True):
+                for table, key in found:
+                    table[key] = own
