@@ -1,179 +1,37 @@
 """A meta-step, forward and backward, of every way to compute it, beside the explicit loop over tasks and packages that do it so.
 
 The loop adapts task by task with ``torch.autograd.grad(..., create_graph=True)``; ``higher`` and ``learn2learn`` join where they
-are installed. ``joint`` is a forward and a backward on the same rows without adaptation: the floor. All arms of a setting take
-turns in one process; a ratio is the median over rounds of the loop's time divided by the arm's. Peak memory is the growth of a
-process of its own over one step (Linux).
+are installed. ``plain vmap`` is what a user can write in ten lines: vmap over ``functional_call``, autograd outside; ``by hand``
+writes the formula of the MLP out for all tasks, without modules or vmap. ``joint`` is a forward and a backward on the same rows
+without adaptation: the floor. All arms of a setting take turns in one process; a ratio is the median over rounds of the loop's
+time divided by the arm's. Peak memory is the growth of a process of its own over one step (Linux).
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
-import importlib.util
 import json
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
 import torch
-import torch.nn.functional as F  # noqa: N812 - the field's name for it
+from maml_arms import Net, arms, loop, rows
 from rich.console import Console
-from torch import Tensor, nn
-from torch.func import functional_call
 from tqdm import tqdm
 
-from lightning_peft import MAMLMixin, MetaConfig
 from lightning_peft.files import write_text
-from lightning_peft.meta import Episode
 from lightning_peft.recipes.maml_page import write_section
 from lightning_peft.reporting import TextTable
 
-RATE = 0.01
-WAYS: dict[str, dict[str, Any]] = {
-    "stacked": {},
-    "first order": {"second_order": False},
-    "recompute": {"memory": "recompute"},
-    "compiled": {"memory": "recompute", "compile": True},
-    "one by one": {"task_batching": "loop"},
-}
-TARGETS = {("mlp", 25, 1, "stacked"): 12.0, ("conv4", 32, 1, "stacked"): 1.5, ("mlp", 25, 1, "compiled"): 30.0}
+TARGETS = {("mlp", 25, 1, "stacked"): 12.0, ("mlp", 25, 1, "compiled"): 30.0}
+TARGETS |= {("conv4", 32, 1, way): 1.5 for way in ("stacked", "16 at a time")}
 SETTINGS = [("mlp", tasks, steps) for tasks in (4, 25, 32) for steps in (1, 5)]
 SETTINGS += [("conv4", 4, 1), ("conv4", 4, 5), ("conv4", 32, 1)]
-
-
-class Net(pl.LightningModule):
-    """The two networks of the paper: 1-40-40-1 for sines, and four convolutions of 64 channels for characters."""
-
-    def __init__(self, kind: str) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.kind = kind
-        if kind == "mlp":
-            self.net = nn.Sequential(nn.Linear(1, 40), nn.ReLU(), nn.Linear(40, 40), nn.ReLU(), nn.Linear(40, 1))
-        else:
-            blocks = [(1, 64), (64, 64), (64, 64), (64, 64)]
-            layers = [
-                nn.Sequential(
-                    nn.Conv2d(a, b, 3, stride=2, padding=1), nn.BatchNorm2d(b, track_running_stats=False), nn.ReLU()
-                )
-                for a, b in blocks
-            ]
-            self.net = nn.Sequential(*layers, nn.Flatten(), nn.Linear(256, 5))
-
-    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        return F.mse_loss(outputs, targets) if self.kind == "mlp" else F.cross_entropy(outputs, targets)
-
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        return self.loss(self.net(batch[0]), batch[1])
-
-
-class Meta(MAMLMixin, Net):
-    """Ours."""
-
-
-def rows(kind: str, tasks: int) -> Episode:
-    torch.manual_seed(1)
-
-    def side() -> tuple[Tensor, Tensor]:
-        if kind == "mlp":
-            return torch.randn(tasks, 10, 1), torch.randn(tasks, 10, 1)
-        return torch.randn(tasks, 5, 1, 28, 28), torch.arange(5).repeat(tasks, 1)
-
-    return Episode(side(), side())
-
-
-def loop(net: Net, batch: Episode, steps: int) -> Callable[[], None]:
-    named = dict(net.named_parameters())
-    (sx, sy), (qx, qy) = batch[:2]
-
-    def run() -> None:
-        total: Any = 0.0
-        for i in range(len(sx)):
-            fast = named
-            for _ in range(steps):
-                lost = net.loss(functional_call(net.net, _inside(fast), (sx[i],)), sy[i])
-                grads = torch.autograd.grad(lost, list(fast.values()), create_graph=True)
-                fast = {name: p - RATE * g for (name, p), g in zip(fast.items(), grads, strict=True)}
-            total = total + net.loss(functional_call(net.net, _inside(fast), (qx[i],)), qy[i])
-        (total / len(sx)).backward()
-
-    return run
-
-
-def _inside(values: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name.removeprefix("net."): value for name, value in values.items()}
-
-
-def with_higher(net: Net, batch: Episode, steps: int) -> Callable[[], None]:
-    import higher  # noqa: PLC0415
-
-    inner = torch.optim.SGD(net.parameters(), RATE)
-    (sx, sy), (qx, qy) = batch[:2]
-
-    def run() -> None:
-        for i in range(len(sx)):
-            with higher.innerloop_ctx(net.net, inner, copy_initial_weights=False) as (fast, optimizer):
-                for _ in range(steps):
-                    optimizer.step(net.loss(fast(sx[i]), sy[i]))
-                (net.loss(fast(qx[i]), qy[i]) / len(sx)).backward()
-
-    return run
-
-
-def with_learn2learn(net: Net, batch: Episode, steps: int) -> Callable[[], None]:
-    import learn2learn  # noqa: PLC0415
-
-    maml = learn2learn.algorithms.MAML(net.net, lr=RATE, first_order=False)
-    (sx, sy), (qx, qy) = batch[:2]
-
-    def run() -> None:
-        total: Any = 0.0
-        for i in range(len(sx)):
-            learner = maml.clone()
-            for _ in range(steps):
-                learner.adapt(net.loss(learner(sx[i]), sy[i]))
-            total = total + net.loss(learner(qx[i]), qy[i])
-        (total / len(sx)).backward()
-
-    return run
-
-
-def joint(net: Net, batch: Episode) -> Callable[[], None]:
-    (sx, sy), (qx, qy) = batch[:2]
-    x, y = (torch.cat(parts).flatten(0, 1) for parts in ((sx, qx), (sy, qy)))
-
-    def run() -> None:
-        net.loss(net.net(x), y).backward()
-
-    return run
-
-
-def ours(kind: str, batch: Episode, steps: int, config: dict[str, Any]) -> Callable[[], None]:
-    module = Meta(kind, meta=MetaConfig(inner_lr=RATE, adaptation_steps=steps, **config))
-
-    def run() -> None:
-        loss, _ = module.learner.meta_loss(batch, 0)
-        loss.backward()
-
-    return run
-
-
-def arms(kind: str, tasks: int, steps: int, *, compiled: bool) -> dict[str, Callable[[], None]]:
-    batch = rows(kind, tasks)
-    found = {"loop": loop(Net(kind), batch, steps), "joint": joint(Net(kind), batch)}
-    for name, peer in (("higher", with_higher), ("learn2learn", with_learn2learn)):
-        if importlib.util.find_spec(name):
-            found[name] = peer(Net(kind), batch, steps)
-    for name, config in WAYS.items():
-        if name != "compiled" or compiled:
-            found[name] = ours(kind, batch, steps, config)
-    return found
 
 
 def timed(kind: str, tasks: int, steps: int, rounds: int, compiled: bool) -> dict[str, dict[str, float]]:

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lightning_peft.matching import nearest
@@ -62,7 +63,7 @@ class Places:
             values: One for each parameter, in order.
             stacked: Whether this is inside ``vmap`` over tasks: layers that have a faster form for many weights then use it.
         """
-        forwards = self._forwards if stacked else []
+        forwards = self._forwards if stacked and not torch.compiler.is_compiling() else []
         for found, value in zip(self._tables, values, strict=True):
             for table, key in found:
                 table[key] = value

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch._functorch.vmap import lazy_load_decompositions  # type: ignore[attr-defined]
 from torch.utils import _pytree as pytree
 
+from lightning_peft.meta.second_derivatives import Geometry, batch_norm, convolution
+
 _vmap: Any = torch._C._functorch
 
 
@@ -61,5 +63,38 @@ def _plainly_stacked(tensor: Tensor) -> bool:
     return stacked
 
 
-STACKED: dict[type[nn.Module], Callable[..., Tensor]] = {nn.Linear: stacked_linear}
+def stacked_convolution(layer: Any, inputs: Tensor) -> Tensor:
+    """Return an ``nn.Conv1d``, ``2d`` or ``3d`` whose weights differ from task to task."""
+    plain = layer.padding_mode == "zeros" and not isinstance(layer.padding, str) and _is_rows(layer, inputs)
+    if not plain:
+        ordinary: Tensor = type(layer).forward(layer, inputs)
+        return ordinary
+    stride, padding, dilation = (list(size) for size in (layer.stride, layer.padding, layer.dilation))
+    return convolution(inputs, layer.weight, layer.bias, Geometry(stride, padding, dilation, layer.groups))
+
+
+def stacked_batch_norm(layer: Any, inputs: Tensor) -> Tensor:
+    """Return rows normalised by their own statistics (``nn.BatchNorm2d``), whose scales differ from task to task."""
+    if layer.running_mean is not None or layer.weight is None or not _is_rows(layer, inputs):
+        ordinary: Tensor = type(layer).forward(layer, inputs)
+        return ordinary
+    return batch_norm(inputs, layer.weight, layer.bias, layer.eps)
+
+
+def _is_rows(layer: nn.Module, inputs: Tensor) -> bool:
+    """Return whether inputs are rows of channels, of the layer's own dtype: nothing is cast on the way."""
+    dimensions = _DIMENSIONS.get(type(layer), inputs.ndim)
+    return (
+        inputs.ndim == dimensions
+        and inputs.dtype == layer.weight.dtype
+        and not torch.is_autocast_enabled(inputs.device.type)
+    )
+
+
+_DIMENSIONS: dict[type[nn.Module], int] = {nn.Conv1d: 3, nn.Conv2d: 4, nn.Conv3d: 5}
+STACKED: dict[type[nn.Module], Callable[..., Tensor]] = {
+    nn.Linear: stacked_linear,
+    **dict.fromkeys((nn.Conv1d, nn.Conv2d, nn.Conv3d), stacked_convolution),
+    **dict.fromkeys((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d), stacked_batch_norm),
+}
 """Forwards by the exact class of a layer."""
