@@ -4,24 +4,23 @@ The loop adapts task by task with ``torch.autograd.grad(..., create_graph=True)`
 are installed. ``plain vmap`` is what a user can write in ten lines: vmap over ``functional_call``, autograd outside; ``by hand``
 writes the formula of the MLP out for all tasks, without modules or vmap. ``joint`` is a forward and a backward on the same rows
 without adaptation: the floor. All arms of a setting take turns in one process; a ratio is the median over rounds of the loop's
-time divided by the arm's. Peak memory is the growth of a process of its own over one step (Linux).
+time divided by the arm's. Memory is that of tensors, counted at every allocation; what kernels use inside is not in it.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
+import itertools
 import json
 import statistics
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from maml_arms import Net, arms, loop, rows
+from maml_arms import arms
 from rich.console import Console
+from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
 from lightning_peft.files import write_text
@@ -62,26 +61,18 @@ def timed(kind: str, tasks: int, steps: int, rounds: int, compiled: bool) -> dic
     return result
 
 
-def peak(arm: str, kind: str, tasks: int, steps: int) -> float:
-    """Return how many MiB a process of its own grows by in one step; the loop over one task warms it up."""
-    command = [sys.executable, __file__, "--one", arm, kind, str(tasks), str(steps)]
-    run = subprocess.run(command, capture_output=True, text=True, check=True)
-    return float(run.stdout.split()[-1])
-
-
-def one(arm: str, kind: str, tasks: int, steps: int) -> None:
-    loop(Net(kind), rows(kind, 1), 1)()
-    run = arms(kind, tasks, steps, compiled=False)[arm]
-    gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")  # forget the peak that the imports had
-    before = _status("VmRSS")
-    run()
-    print((_status("VmHWM") - before) / 1024)
-
-
-def _status(key: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(key))
+def peak(kind: str, tasks: int, steps: int) -> dict[str, float]:
+    """Return how many MiB of tensors each way holds at once, counted at every allocation."""
+    found = {}
+    runs = arms(kind, tasks, steps, compiled=False)
+    for name in ("loop", "joint", "plain vmap", "stacked", "recompute", "one by one"):
+        runs[name]()  # gradients are there from now on
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+            runs[name]()
+        events = [event for event in seen.profiler.kineto_results.events() if event.name() == "[memory]"]
+        held = itertools.accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns()))
+        found[name] = max(held) / 2**20
+    return found
 
 
 def tables(results: dict[str, Any]) -> list[TextTable]:
@@ -98,7 +89,7 @@ def tables(results: dict[str, Any]) -> list[TextTable]:
     )
     memory = [[setting, *(f"{value:.0f}" for value in found.values())] for setting, found in results["memory"].items()]
     columns = ["network, tasks, steps", *next(iter(results["memory"].values()), {})]
-    return [speed, TextTable("Peak memory of one step, MiB above the start", columns, memory)]
+    return [speed, TextTable("Tensors held at once in one step, MiB", columns, memory)]
 
 
 def verdicts(results: dict[str, Any]) -> list[str]:
@@ -126,20 +117,14 @@ def main() -> None:
     parser.add_argument("--no-compile", action="store_true", help="leave out the compiled arm (a minute each)")
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results/maml.json"))
     parser.add_argument("--page", type=Path, help="a page to write the tables into")
-    parser.add_argument("--one", nargs=4, metavar=("ARM", "NET", "TASKS", "STEPS"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    if options.one:
-        one(options.one[0], options.one[1], int(options.one[2]), int(options.one[3]))
-        return
     results: dict[str, Any] = {"torch": torch.__version__, "threads": options.threads, "time": {}, "memory": {}}
     for kind, tasks, steps in tqdm(SETTINGS, desc="settings"):
         rounds = options.rounds if kind == "mlp" else max(options.rounds // 3, 4)
         compiled = not options.no_compile and kind == "mlp" and (tasks, steps) == (25, 1)
         results["time"][f"{kind}, {tasks}, {steps}"] = timed(kind, tasks, steps, rounds, compiled)
-    for tasks, steps in ((8, 1), (8, 5)):
-        ways = ("loop", "joint", "stacked", "recompute", "one by one")
-        results["memory"][f"conv4, {tasks}, {steps}"] = {way: peak(way, "conv4", tasks, steps) for way in ways}
+    results["memory"] = {f"conv4, 8, {steps}": peak("conv4", 8, steps) for steps in (1, 5, 10)}
     for table in tables(results):
         table.show(Console())
     for line in verdicts(results):
