@@ -8,14 +8,14 @@ from torch import Tensor
 
 
 class Draft(str):
-    """A prompt and what was written after it, as one string, which any scorer of strings can read.
+    r"""A prompt and what was written after it, as one string, which any scorer of strings can read.
 
     Args:
         completion: What was written.
         prompt: What it was written after.
         problem: Place of the prompt among those of the call, from 0.
 
-    >>> draft = Draft("    return a + b", prompt="def add(a, b):\\n", problem=3)
+    >>> draft = Draft("    return a + b", prompt="def add(a, b):\n", problem=3)
     >>> draft == "def add(a, b):\\n    return a + b", draft.completion, draft.problem
     (True, '    return a + b', 3)
     """
@@ -27,6 +27,7 @@ class Draft(str):
     problem: int
 
     def __new__(cls, completion: str, *, prompt: str = "", problem: int = 0) -> Draft:
+        """Join the two."""
         draft = super().__new__(cls, prompt + completion)
         draft.completion, draft.prompt, draft.problem = completion, prompt, problem
         return draft
