@@ -16,7 +16,7 @@ class Draft(str):
         problem: Place of the prompt among those of the call, from 0.
 
     >>> draft = Draft("    return a + b", prompt="def add(a, b):\n", problem=3)
-    >>> draft == "def add(a, b):\\n    return a + b", draft.completion, draft.problem
+    >>> draft == "def add(a, b):\n    return a + b", draft.completion, draft.problem
     (True, '    return a + b', 3)
     """
 
