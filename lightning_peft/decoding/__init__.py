@@ -1,0 +1,1 @@
+"""Decoding that spends compute on search, with external scorers and exact accounts."""
