@@ -18,7 +18,7 @@ import tempfile
 import traceback
 import types
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging, ModelCheckpoint
+from torch import nn
 from torch.utils.data import DataLoader
 from torchmetrics.classification import MulticlassAccuracy
 
@@ -49,9 +50,11 @@ from lightning_peft import (
     Verbalizer,
     adapted,
 )
+from lightning_peft.budget import Usage
 from lightning_peft.callbacks import (
     EWC,
     DecayToPretrained,
+    DecodingEvaluation,
     ExactResume,
     ForgettingBudget,
     ForgettingEvaluation,
@@ -68,6 +71,7 @@ from lightning_peft.callbacks import (
     ZeroInitHead,
 )
 from lightning_peft.data import ReservoirBuffer
+from lightning_peft.decoding import DecodeResult, Draft, Hypothesis
 from lightning_peft.distributed import rank, world_size
 from lightning_peft.files import write_text
 from lightning_peft.logging import FAMILIES
@@ -263,6 +267,19 @@ def old_loss(module, batch):
     return torch.nn.functional.cross_entropy(module(batch[0]), batch[1])
 
 
+class Weighing:
+    """Stand for a decoder: a text for each prompt that tells how heavy the first weight is."""
+
+    def decode(self, model: nn.Module, tokenizer: Any, prompts: Sequence[str]) -> DecodeResult:
+        text = "x" * int(1000 * abs(next(model.parameters()).flatten()[0].item()))
+        pool = [[Hypothesis(Draft(text, prompt=prompt), 0.0, 0.0, (), finished=True)] for prompt in prompts]
+        return DecodeResult([text] * len(prompts), [0.0] * len(prompts), [Usage(tokens=len(text))] * len(prompts), pool)
+
+
+def heavy(texts: list[Draft]) -> torch.Tensor:
+    return torch.tensor([float(len(text) % 2) for text in texts])
+
+
 def old_task() -> OldTask:
     return OldTask(rows(20, seed=4), MulticlassAccuracy(num_classes=2), old_step)
 
@@ -283,8 +300,9 @@ CALLBACKS: dict[str, Callable[[], pl.Callback]] = {
     "WeightInterpolation": lambda: WeightInterpolation(old_task(), {"old": old_task()}, alphas=[0.0, 0.5, 1.0]),
     "MemoryFill": lambda: MemoryFill(ReservoirBuffer(8), during="batches"),
     "ProbeBaseline": lambda: ProbeBaseline("head"),
+    "DecodingEvaluation": lambda: DecodingEvaluation(Weighing(), ["a", "b", "c"], heavy, tokenizer=None, model="head"),
 }
-PROTECTING = list(CALLBACKS)[-8:]
+PROTECTING = list(CALLBACKS)[-9:]
 """They do not touch how a mixin adds weights, so they stand with two modules only; two mixins stand with what feeds them."""
 ALONE = {"no mixin", "LoRAMixin"}
 FED = {"DistillMixin": ("ReplayMixing", "ExactResume"), "DERMixin": ("ReplayMixing", "ExactResume")}
@@ -422,6 +440,7 @@ class Witness(pl.Callback):
             "WeightInterpolation": getattr(watched, "alpha", None) is not None,
             "MemoryFill": len(getattr(watched, "buffer", ())) == 8,
             "ProbeBaseline": getattr(watched, "probe_score", None) is not None,
+            "DecodingEvaluation": bool(getattr(watched, "history", None)),
         }
 
 

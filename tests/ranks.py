@@ -41,6 +41,7 @@ from lightning_peft import (
     save_adapter,
 )
 from lightning_peft.callbacks import (
+    DecodingEvaluation,
     ForgettingBudget,
     ForgettingEvaluation,
     FreezeSchedule,
@@ -55,11 +56,13 @@ from lightning_peft.callbacks import (
 )
 from lightning_peft.data import EpisodeCollate, EpisodeLoader, EpisodeSampler, FeatureCache
 from lightning_peft.data.episode_loader import EpisodeDataset
+from lightning_peft.decoding import BeamSearch, Draft, Sample
 from lightning_peft.distributed import gather_objects, gather_rows, rank, world_size
 from lightning_peft.losses import in_batch_contrastive
 from lightning_peft.metrics import RecallAtOne
 from lightning_peft.mixins.prompt_search_mixin import PromptSearchMixin
 from lightning_peft.prompts import Halving, PromptSearch
+from tests.decoding.toy_language import Numbers, Writer
 from tests.mixins.test_prompt_search_mixin import space
 from tests.mixins.test_prompting_mixin import Module
 from tests.resume_matrix import STRATEGIES, differences, remove, shared_folder
@@ -591,6 +594,19 @@ def resuming_meta_learning_within_an_epoch() -> Result:
     return cpu(rest)
 
 
+def decoding_shared_prompts() -> Result:
+    """Five prompts on two processes: each is decoded once, and all log the same."""
+    decoders = {"beam": BeamSearch(num_beams=2, max_new_tokens=3), "drawn": Sample(n=3, max_new_tokens=3)}
+    prompts = ["5 6", "7", "8 8 8", "9 4", "6"]
+
+    def even(texts: list[Draft]) -> torch.Tensor:
+        return torch.tensor([float(len(text.completion) % 2 == 0) for text in texts])
+
+    watched = DecodingEvaluation(decoders, prompts, even, tokenizer=Numbers())
+    fit(Writer(), watched, epochs=1, use_distributed_sampler=True)
+    return watched.history[0]
+
+
 CASES: dict[str, Callable[[], Result]] = {
     case.__name__: case
     for case in (
@@ -626,6 +642,7 @@ CASES: dict[str, Callable[[], Result]] = {
         watching_gradients_and_drift,
         watching_sharded_weights_through_a_resume,
         drifted_replicas_are_noticed,
+        decoding_shared_prompts,
         sharding_a_lora_with_fsdp2,
     )
 }

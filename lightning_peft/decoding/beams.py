@@ -80,10 +80,9 @@ class SearchState:
         self.open: list[Problem] = []
         self._judge = Judge(search.partial, [problem.usage for problem in self.problems], prompts.first)
         self._start = time.perf_counter()
-        first = Usage(forwards=1, tokens=prompts.input_ids.shape[1])
         for problem in self.problems:
             problem.beams = [Beam((), 0.0)]
-            if self._booked(problem, first):
+            if self._booked(problem, Usage(forwards=1, tokens=prompts.length(problem.place))):
                 self.open.append(problem)
         if self.open:
             places = [problem.place for problem in self.open]

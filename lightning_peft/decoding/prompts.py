@@ -42,6 +42,10 @@ class Prompts:
     def __len__(self) -> int:
         return len(self.texts)
 
+    def length(self, problem: int) -> int:
+        """Return how many tokens a prompt has, without padding."""
+        return len(self._ids[problem])
+
     def draft(self, problem: int, tokens: Sequence[int]) -> Draft:
         """Return the text of a prompt with tokens after it, without an end token, and without half a character at its end.
 

@@ -39,8 +39,8 @@ class DecodeResult:
     Args:
         texts: The best text after each prompt, without the prompt.
         scores: What it was ranked by.
-        usage: What was spent on each prompt: positions through the model, its prompt's included; forwards that it took part in;
-            texts that a scorer had to judge, and how long it took.
+        usage: What was spent on each prompt: tokens through the model, the prompt's included, without the padding that its
+            neighbours cause; forwards that it took part in; texts that a scorer had to judge, and how long that took.
         pool: All texts of each prompt that were weighed against each other, best first.
         stopped: The limit that ended the search of each prompt, None where it came to its end.
     """

@@ -49,8 +49,9 @@ class Greedy:
 class Sample:
     """Draw texts from the model.
 
-    Every prompt has random numbers of its own, from ``seed`` and its place: neither the other prompts nor anyone else's draws
-    change them. The first of a prompt's texts is its answer; the pool has all, in the order drawn.
+    Every prompt has random numbers of its own, from ``seed`` and its text: neither the other prompts nor anyone else's draws
+    change them, so the same prompt twice is answered twice the same. The first of a prompt's texts is its answer; the pool has
+    all, in the order drawn.
 
     Args:
         n: Texts for each prompt.
@@ -90,7 +91,7 @@ class Sample:
         """Draw texts after each prompt; see :class:`DecodeResult`."""
 
         def picker(part: Prompts) -> Pick:
-            generators = [_generator(self.seed, part.first + i) for i in range(len(part))]
+            generators = [_generator(self.seed, text) for text in part.texts]
 
             def pick(log_probabilities: Tensor, problems: list[int]) -> list[int]:
                 chances = self._filtered(log_probabilities / self.temperature).softmax(-1).cpu()
@@ -113,8 +114,8 @@ class Sample:
         return TopPLogitsWarper(self.top_p)(ids, scores) if self.top_p < 1 else scores
 
 
-def _generator(seed: int, problem: int) -> torch.Generator:
-    digest = hashlib.sha256(f"{seed} {problem}".encode()).digest()
+def _generator(seed: int, prompt: str) -> torch.Generator:
+    digest = hashlib.sha256(f"{seed} {prompt}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
 
@@ -162,9 +163,7 @@ class _Writing:
         self.usage = [Usage() for _ in range(len(prompts))]
         self.stopped: list[str | None] = [None] * len(prompts)
         self.texts = [_Text(problem, []) for problem in range(len(prompts)) for _ in range(copies)]
-        places = [
-            p for p in range(len(prompts)) if self._booked(p, Usage(forwards=1, tokens=prompts.input_ids.shape[1]))
-        ]
+        places = [p for p in range(len(prompts)) if self._booked(p, Usage(forwards=1, tokens=prompts.length(p)))]
         self._open = [text for text in self.texts if text.problem in places]
         if places:
             self._rows = Rows(model, prompts.input_ids[places], prompts.attention_mask[places])

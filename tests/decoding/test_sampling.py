@@ -71,9 +71,9 @@ def test_only_texts_under_way_are_paid_for(decoder):
     model = Table(P)
     found = decoder.decode(model, LETTERS, ["ab", "c"])
     assert found.total.tokens == model.positions
-    for pool, account in zip(found.pool, found.usage, strict=True):
-        # The prompt once, padded; then every token but the last of each text.
-        assert account.tokens == 2 + sum(len(h.tokens) - 1 for h in pool)
+    for prompt, pool, account in zip(["ab", "c"], found.pool, found.usage, strict=True):
+        # The prompt once; then every token but the last of each text.
+        assert account.tokens == len(prompt) + sum(len(h.tokens) - 1 for h in pool)
 
 
 @pytest.mark.parametrize("limit", range(1, 9))

@@ -1,6 +1,8 @@
 """A tiny random language model whose tokens are numbers, and one whose every probability is known."""
 
+import lightning.pytorch as pl
 import torch
+from torch.utils.data import DataLoader
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 from transformers.cache_utils import DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -61,8 +63,32 @@ class Table(torch.nn.Module):
 
     def forward(self, input_ids, attention_mask=None, past_key_values=None, use_cache=True, return_dict=True):
         self.forwards += 1
-        self.positions += input_ids.numel()
+        self.positions += int(attention_mask[:, -input_ids.shape[1] :].sum())  # without padding
         cache = DynamicCache() if past_key_values is None else past_key_values
         cache.update(input_ids[:, None, :, None].float(), input_ids[:, None, :, None].float(), 0)
         assert cache.get_seq_length() == attention_mask.shape[1]
         return CausalLMOutputWithPast(logits=self.logits[input_ids], past_key_values=cache)
+
+
+class Writer(pl.LightningModule):
+    """A tiny language model that learns to repeat a token."""
+
+    def __init__(self, seed=0):
+        super().__init__()
+        self.lm = random_model(seed=seed)
+        self.save_hyperparameters()
+
+    def training_step(self, batch, batch_idx):
+        return self.lm(input_ids=batch, labels=batch).loss
+
+    def validation_step(self, batch, batch_idx):
+        self.log("learn/loss", self.training_step(batch, batch_idx))
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.05)
+
+    def train_dataloader(self):
+        return DataLoader(torch.tensor([[k % 9 + 3] * 5 for k in range(8)]), batch_size=2)
+
+    def val_dataloader(self):
+        return DataLoader(torch.tensor([[5] * 4, [7] * 4]), batch_size=1)
