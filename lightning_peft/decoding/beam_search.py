@@ -108,7 +108,8 @@ class BeamSearch:
             process: Changes log-probabilities, given tokens and them: transformers' logits processors.
         """
         usage = [Usage() for _ in texts.prompts]
-        judges = Judge(self.partial, usage), Judge(self.final, usage)
+        accounts = dict(zip(texts.numbers, usage, strict=True))
+        judges = Judge(self.partial, accounts), Judge(self.final, accounts)
         beams: list[Beam] = []
         with torch.no_grad(), untouched(model, next(model.parameters()).device):
             for first in range(0, len(usage), self.batch_size):
@@ -181,9 +182,11 @@ class _Search:
         logprobs = torch.log_softmax(logits, -1)
         if self.process is not None:
             logprobs = self._processed(beams, going, logprobs, self.process)
-        logprobs += torch.tensor([one.logprob for one in going], device=logits.device)[:, None]
         count = s.num_beams * max(s.expand, 2, 1 + len(self.ends))
-        best, tokens = (found.tolist() for found in logprobs.topk(min(count, logprobs.shape[1])))
+        values, places = logprobs.topk(min(count, logprobs.shape[1]))
+        # What came before is the same for a whole row: it is added to the few that are left, not to the vocabulary.
+        values += torch.tensor([one.logprob for one in going], device=logits.device)[:, None]
+        best, tokens = values.tolist(), places.tolist()
         candidates, row = [], 0
         for beam in beams:
             rows = range(row, row + len(beam.running))

@@ -197,7 +197,7 @@ class _Measure:
 
     def samples(self, decoder: Sample, budget: int) -> _Found:
         usage = [Usage() for _ in self.prompts]
-        judge = Judge(getattr(decoder, "final", None), usage)
+        judge = Judge(getattr(decoder, "final", None), dict(enumerate(usage)))
         selected, coverage = [], []
         for account, pool in zip(usage, self.pool(decoder), strict=True):
             drawn = pool[: decoder.n]

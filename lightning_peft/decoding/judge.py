@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from lightning_peft.budget import Budget, Usage
@@ -18,13 +18,13 @@ class Judge:
 
     Args:
         scorer: Any callable that takes drafts and returns a value for each; unset, every text is worth 0.
-        usage: An account for each problem; is added to.
+        usage: An account for each problem, by its number; is added to.
 
     Raises:
         ValueError: When asked, if the scorer returns another number of values, or one that is NaN.
     """
 
-    def __init__(self, scorer: Scorer | None, usage: Sequence[Usage]) -> None:
+    def __init__(self, scorer: Scorer | None, usage: Mapping[int, Usage]) -> None:
         self.scorer, self.usage = scorer, usage
         self.knows_ends = hasattr(scorer, "finished")
         self._answers: dict[Key, float] = {}

@@ -35,6 +35,8 @@ class Rows:
         """Find out what the model's forward takes."""
         if getattr(self.model.config, "is_encoder_decoder", False):
             raise TypeError(f"Rows: {type(self.model).__name__} is an encoder and a decoder; give a decoder alone.")
+        # A compiled network would be compiled anew for every length, and hides what it takes.
+        self.model = getattr(self.model, "_orig_mod", self.model)
         taken = inspect.signature(self.model.forward).parameters
         self._takes_positions = "position_ids" in taken
         self._options: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in taken else {}
@@ -75,12 +77,12 @@ class Rows:
         if list(rows) == list(range(len(self.owners))):
             return  # most steps of a search change nothing, and moving a cache costs as much as reading it
         index = torch.tensor(rows, device=self._next.device)
-        if not hasattr(self._cache, "batch_select_indices"):
+        if not hasattr(self._cache, "reorder_cache"):
             raise TypeError(
                 f"Rows: {type(self.model).__name__} keeps its past as {type(self._cache).__name__}, whose rows cannot be chosen; "
                 "a search needs a cache of keys and values."
             )
-        self._cache.batch_select_indices(index)
+        self._cache.reorder_cache(index)
         self.owners = [self.owners[row] for row in rows]
         self._next = self._next[index]
         self._mask = None if self._mask is None else self._mask[index]

@@ -94,7 +94,7 @@ class Sample:
     def decode(self, model: Any, tokenizer: Any, prompts: Sequence[str]) -> DecodeResult:
         """Write after each prompt, as :meth:`Greedy.decode`."""
         writing = self.draw(model, tokenizer, prompts)
-        judge = Judge(getattr(self, "final", None), writing.usage)
+        judge = Judge(getattr(self, "final", None), dict(zip(writing.texts.numbers, writing.usage, strict=True)))
         pools = [self.select(pool, judge) for pool in writing.pools]
         return result_of(pools, writing.usage, writing.stopped, self.n)
 
@@ -111,9 +111,7 @@ class Sample:
         """Return texts as they were drawn, before any is chosen."""
         texts = Texts(tokenizer, prompts)
         writing = Writing(model, texts, end_tokens(model, tokenizer), self.max_new_tokens, self.budget)
-        uniform = (
-            torch.stack([self._uniform(problem) for problem in range(len(texts.prompts))]) if texts.prompts else None
-        )
+        uniform = torch.stack([self._uniform(number) for number in texts.numbers]) if texts.prompts else None
 
         def choose(logits: Tensor, rows: Sequence[int], place: int) -> Tensor:
             assert uniform is not None

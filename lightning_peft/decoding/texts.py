@@ -21,7 +21,8 @@ class Texts:
 
     Args:
         tokenizer: The model's; its padding side does not matter, and padding may be the end's token.
-        prompts: Texts.
+        prompts: Texts. One that is a ``Draft`` keeps the number of its problem, which drafts of what is written after it have, too;
+            another has its place. A process that writes after a part of the prompts says so which ones they are.
         ids: Their tokens where they are known already.
         pad: What stands at padding; the model never sees it.
 
@@ -39,6 +40,7 @@ class Texts:
                 raise ValueError(
                     f"Texts: the prompt {prompt!r} has no token; begin with one, such as the tokenizer's bos_token."
                 )
+        self.numbers = [one.problem if isinstance(one, Draft) else place for place, one in enumerate(self.prompts)]
         self._bases = self._decoded(self.ids)
 
     def padded(self, problems: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
@@ -59,7 +61,11 @@ class Texts:
         return [self._draft(problem, text) for (problem, _), text in zip(written, whole, strict=True)]
 
     def _draft(self, problem: int, text: str) -> Draft:
-        return Draft(text[len(self._bases[problem]) :].rstrip(CUT), prompt=self.prompts[problem], problem=problem)
+        return Draft(
+            text[len(self._bases[problem]) :].rstrip(CUT),
+            prompt=str(self.prompts[problem]),
+            problem=self.numbers[problem],
+        )
 
     def _decoded(self, rows: Sequence[Sequence[int]]) -> list[str]:
         if not rows:

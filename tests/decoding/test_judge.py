@@ -10,17 +10,17 @@ from tests.decoding.searched import EvenLength, Without
 
 
 def test_answers_are_remembered_by_problem_and_text():
-    scorer, usage = Without("x"), [Usage(), Usage()]
+    scorer, usage = Without("x"), {0: Usage(), 1: Usage()}
     judge = Judge(scorer, usage)
     drafts = [Draft("a"), Draft("a"), Draft("a", problem=1), Draft("x")]
     assert judge.values(drafts) == [0, 0, 0, -float("inf")]
     assert judge.values(drafts[:1]) == [0]
-    assert [(one.scorer_calls, one.cached) for one in usage] == [(2, 2), (1, 0)]
+    assert [(one.scorer_calls, one.cached) for one in usage.values()] == [(2, 2), (1, 0)]
     assert (scorer.calls, len(scorer.seen)) == (1, 3)
 
 
 def test_what_would_be_asked_is_known_before():
-    judge = Judge(EvenLength(), [Usage()])
+    judge = Judge(EvenLength(), {0: Usage()})
     drafts = [Draft("a"), Draft("ab")]
     assert judge.coming(drafts, drafts[1:]).scorer_calls == 3
     judge.values(drafts)
@@ -34,4 +34,4 @@ def test_what_would_be_asked_is_known_before():
 )
 def test_a_scorer_s_mistake_is_named(values, message):
     with pytest.raises(ValueError, match=message):
-        Judge(lambda texts: torch.tensor(values), [Usage()]).values([Draft("a"), Draft("b")])
+        Judge(lambda texts: torch.tensor(values), {0: Usage()}).values([Draft("a"), Draft("b")])

@@ -17,7 +17,7 @@ def candidate(text, score=0.0, finished=True):
 
 
 def choose(decoder, pool):
-    return decoder.select(pool, Judge(getattr(decoder, "final", None), [Usage()]))
+    return decoder.select(pool, Judge(getattr(decoder, "final", None), {0: Usage()}))
 
 
 def lengths(texts):
