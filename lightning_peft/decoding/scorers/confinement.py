@@ -28,12 +28,23 @@ _MS_RDONLY, _MS_NOSUID, _MS_NODEV, _MS_NOEXEC, _MS_REMOUNT, _MS_BIND, _MS_REC, _
 _PR_SET_PDEATHSIG, _PR_SET_SECCOMP, _PR_CAPBSET_DROP, _PR_SET_SUBREAPER, _PR_SET_NO_NEW_PRIVS = 1, 22, 24, 36, 38
 _LANDLOCK = {"create": 444, "add": 445, "restrict": 446}
 # System calls by processor; clone is filtered by its flags, clone3 (whose flags are out of a filter's sight) is refused as unknown.
+# By processor: its number, those two, and what is refused. First socket, fork, vfork, kill, ptrace, chroot, mount, unshare, setns,
+# process_vm_readv, process_vm_writev, io_uring_setup (which leads around a filter); then what changes the modes, owners, times and
+# attributes of files, which Landlock does not know.
+_X86_FILES = (90, 91, 92, 93, 94, 132, 188, 189, 190, 197, 198, 199, 235, 260, 261, 268, 280, 452)
+_ARM_FILES = (5, 6, 7, 14, 15, 16, 52, 53, 54, 55, 88, 452)
 _SYSCALLS = {
-    "x86_64": (0xC000003E, {"clone": 56, "clone3": 435}, (41, 57, 58, 62, 101, 161, 165, 272, 308, 310, 311, 425)),
-    "aarch64": (0xC00000B7, {"clone": 220, "clone3": 435}, (198, 129, 117, 51, 40, 97, 268, 270, 271, 425)),
+    "x86_64": (
+        0xC000003E,
+        {"clone": 56, "clone3": 435},
+        [41, 57, 58, 62, 101, 161, 165, 272, 308, 310, 311, 425, *_X86_FILES],
+    ),
+    "aarch64": (
+        0xC00000B7,
+        {"clone": 220, "clone3": 435},
+        [198, 129, 117, 51, 40, 97, 268, 270, 271, 425, *_ARM_FILES],
+    ),
 }
-"""By processor: its number, those two, and what is refused: socket, fork, vfork, kill, ptrace, chroot, mount, unshare, setns,
-process_vm_readv, process_vm_writev, io_uring_setup (which leads around a filter)."""
 _CLONE_THREAD, _EPERM, _ENOSYS = 0x00010000, 1, 38
 
 
@@ -176,7 +187,7 @@ def can_filter() -> bool:
 
 
 def forbid_calls() -> None:
-    """Refuse sockets, new processes (not threads), signals to others, tracing and new mounts, by a seccomp filter.
+    """Refuse sockets, new processes (not threads), signals to others, tracing, new mounts and modes, by a seccomp filter.
 
     Raises:
         OSError: Where the kernel has no filters.
@@ -189,7 +200,7 @@ def forbid_calls() -> None:
     _prctl("seccomp", _PR_SET_SECCOMP, 2, record, 0, 0)
 
 
-def _filter(architecture: int, numbers: dict[str, int], refused: tuple[int, ...]) -> list[tuple[int, int, int, int]]:
+def _filter(architecture: int, numbers: dict[str, int], refused: list[int]) -> list[tuple[int, int, int, int]]:
     load, equal, at_least, any_bit, answer = 0x20, 0x15, 0x35, 0x45, 0x06
     allow, kill, refuse = 0x7FFF0000, 0x80000000, 0x00050000
     lines = [(load, 0, 0, 4), (equal, 1, 0, architecture), (answer, 0, 0, kill), (load, 0, 0, 0)]

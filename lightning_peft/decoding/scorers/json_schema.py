@@ -47,7 +47,9 @@ def options(schema: Mapping[str, Any]) -> list[Any] | None:
 def may_begin(schema: Mapping[str, Any], character: str) -> bool:
     """Return whether a value may begin with a character."""
     kinds = TYPES.get(character, ("number", "integer"))
-    wanted = schema.get("type", kinds)
+    wanted, allowed = schema.get("type", kinds), options(schema)
+    if allowed is not None and kinds not in [TYPES.get(json.dumps(one)[0], ("number", "integer")) for one in allowed]:
+        return False
     return any(kind in ([wanted] if isinstance(wanted, str) else wanted) for kind in kinds)
 
 

@@ -63,14 +63,17 @@ def can_become_program(text: str) -> bool:
     (False, False, True)
     """
     text = _newlines(text)
+    if "\0" in text:
+        return False
     try:
+        text.encode()
         with warnings.catch_warnings():
             # Of escapes that a later Python refuses: where warnings are errors they would kill.
             warnings.simplefilter("ignore")
             compile(text[: last_token(text)] + _END, "<prefix>", "exec", _FLAGS)
     except SyntaxError as error:
         return error.msg == "incomplete input"
-    except ValueError:  # a null byte, half of a surrogate pair
+    except ValueError:  # half of a surrogate pair
         return False
     except (MemoryError, RecursionError):  # nested too deep to tell
         return True
