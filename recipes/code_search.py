@@ -75,12 +75,12 @@ def run(options: CodeSearchRun) -> list[CodeRow]:
     )
     problems = mixed_problems(options.problems)
     rows: list[CodeRow] = []
-    loaded: list[Any] = []
+    loaded: tuple[Any, Any] | None = None
     for start in tqdm(range(0, len(problems), CHUNK), desc="code_search", unit=f"{CHUNK} problems"):
         chunk = problems[start : start + CHUNK]
         file = saved_at(options, arms, chunk)
         if not file.exists():
-            loaded = loaded or [*coder(options)]
+            loaded = loaded or coder(options)
             write_text(file, json.dumps(as_data(arms.rows(*loaded, chunk)), indent=1))
         rows += [CodeRow(**one) for one in json.loads(file.read_text(encoding="utf-8"))]
     report(rows, options)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -132,7 +133,8 @@ def gain(found: Found, width: int) -> str:
         interval = f"paired bootstrap: {100 * low:+.0f} to {100 * high:+.0f}"
         gains.append(f"the share {words} by {100 * difference:+.0f} points ({interval})")
     tokens = [found.mean(arm, width, "tokens") for arm in ("beam + viability", "beam")]
-    return f"With {width} beams, PythonViability changes {' and '.join(gains)}, at {tokens[0]:.0f} tokens instead of {tokens[1]:.0f}."
+    spent = f"at {tokens[0]:.0f} tokens instead of {tokens[1]:.0f}"
+    return f"With {width} beams, PythonViability changes {' and '.join(gains)}, {spent}."
 
 
 def curves(found: Found) -> Figure:
@@ -248,10 +250,8 @@ def _doubling(found: Found) -> str | None:
     if len(widths) < 2:
         return None
     wide, narrow = widths[-1], widths[-2]
-    by = [
-        100 * (found.mean("beam + viability", wide, what) - found.mean("beam + viability", narrow, what))
-        for what in ("parses", "passed")
-    ]
+    arm = "beam + viability"
+    by = [100 * (found.mean(arm, wide, what) - found.mean(arm, narrow, what)) for what in ("parses", "passed")]
     return f"From {narrow} to {wide} beams with viability, what parses changes by {by[0]:+.0f} points and what passes by {by[1]:+.0f}."
 
 
@@ -276,9 +276,10 @@ def _selectors(found: Found) -> str | None:
         for arm in ("likeliest sample", "sample that parses", "agreed sample", "MBR sample")
     }
     best = max(chosen, key=lambda arm: chosen[arm])
+    any_of = coverage(found, widths)[-1]
     return (
-        f"Of {widths[-1]} samples one passes for {coverage(found, widths)[-1]:.2f} of the problems, and the best selector without tests "
-        f"({best}) finds {chosen[best]:.2f}."
+        f"Of {widths[-1]} samples one passes for {any_of:.2f} of the problems; the best selector without tests, {best}, finds "
+        f"{chosen[best]:.2f}."
     )
 
 
@@ -286,11 +287,10 @@ def _cost(found: Found) -> str | None:
     widths = found.widths("beam + viability")
     if not widths:
         return None
-    part = found.mean("beam + viability", widths[-1], "scorer_seconds") / found.mean(
-        "beam + viability", widths[-1], "seconds"
-    )
-    calls = found.values("beam + viability", widths[-1], "scorer_calls").sum()
-    each = found.values("beam + viability", widths[-1], "scorer_seconds").sum() / max(1, calls)
+    arm = "beam + viability", widths[-1]
+    scorer = found.values(*arm, "scorer_seconds").sum()
+    part = scorer / found.values(*arm, "seconds").sum()
+    each = scorer / max(1, found.values(*arm, "scorer_calls").sum())
     return (
         f"The parser takes {100 * part:.1f} % of the time of {widths[-1]} beams, {1e6 * each:.0f} µs for each question."
     )

@@ -109,10 +109,10 @@ def mixed_problems(each: int) -> list[CodeProblem]:
 
 
 def body_of(completion: str) -> str:
-    """Return a completion up to the first line that is no part of the function: what stands at the margin.
+    r"""Return a completion up to the first line that is no part of the function: what stands at the margin.
 
-    >>> body_of(" return x" + chr(10) + chr(10) + "print(1)")
-    ' return x\\n'
+    >>> body_of(" return x\n\nprint(1)")
+    ' return x\n'
     """
     lines = completion.split("\n")
     for place, line in enumerate(lines[1:], 1):
