@@ -17,8 +17,9 @@ LEVELS = {"recipes": 3, "callbacks": 2, "mixins": 1}
 
 def packages() -> dict[str, Path]:
     found = {"lightning_peft": ROOT / "lightning_peft"}
-    for init in (ROOT / "lightning_peft").glob("*/__init__.py"):
-        found[f"lightning_peft.{init.parent.name}"] = init.parent.resolve()
+    for init in [*(ROOT / "lightning_peft").glob("*/__init__.py"), *(ROOT / "lightning_peft").glob("*/*/__init__.py")]:
+        parts = init.parent.relative_to(ROOT).parts
+        found[".".join(parts)] = init.parent.resolve()
     for name in ("callbacks", "recipes"):
         found[f"lightning_peft.{name}"] = ROOT / name
     return found

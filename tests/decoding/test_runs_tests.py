@@ -1,0 +1,300 @@
+"""Programs that mean harm are stopped, and told what stopped them; none is taken for passed."""
+
+import os
+import socket
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from lightning_peft.data.packaged import human_eval
+from lightning_peft.decoding.draft import Draft
+from lightning_peft.decoding.scorers import RunsTests, sandbox
+from lightning_peft.decoding.scorers.sandbox import chosen_isolation, run_program, why_not
+
+ISOLATIONS = [
+    pytest.param(kind, marks=pytest.mark.skipif(why_not(kind) is not None, reason=f"{kind}: {why_not(kind)}"))
+    for kind in ("namespaces", "landlock")
+]
+GOOD = "def double(x):\n    return 2 * x\n"
+TEST = "assert double(2) == 4"
+
+
+@pytest.fixture(params=ISOLATIONS)
+def run(request):
+    def one(program, tests=(TEST,), **options):
+        return run_program(program, list(tests), isolation=request.param, **{"timeout": 2.0, **options})
+
+    one.isolation = request.param
+    return one
+
+
+def test_a_right_program_passes_and_a_wrong_one_fails(run):
+    assert run(GOOD).kind == "passed"
+    found = run(GOOD, ["assert double(2) == 5"])
+    assert (found.kind, found.detail) == ("failed", "test 0: AssertionError: ")
+    assert "SyntaxError" in run("def double(").detail
+
+
+def test_what_programs_commonly_need_works(run):
+    program = "import math, re, typing, hashlib, collections, itertools, heapq, random, datetime, threading\n"
+    program += "t = threading.Thread(target=print); t.start(); t.join()\nopen('note', 'w').write('x')\n" + GOOD
+    assert run(program).kind == "passed"
+
+
+IGNORING = """
+import signal
+for number in range(1, 32):
+    try: signal.signal(number, signal.SIG_IGN)
+    except OSError: pass
+while True: pass
+"""
+FORKING = """
+import os
+while True:
+    try: os.fork()
+    except OSError: pass
+"""
+# What a program does, and as what it is reported.
+HOSTILE = {
+    "endless loop": ("while True: pass", {"timeout"}),
+    "sleep": ("import time; time.sleep(60)", {"timeout"}),
+    "ignores signals": (IGNORING, {"timeout"}),
+    "memory": ("x = [0] * 10**10", {"memory"}),
+    "memory, slowly": ("x = []\nwhile True: x.append(bytearray(10**7))", {"memory"}),
+    "endless output": ("while True: print('x' * 10**5)", {"timeout"}),
+    "fork": ("import os; os.fork()", {"forbidden"}),
+    "fork bomb": (FORKING, {"timeout"}),
+    "daemon": ("import subprocess; subprocess.Popen(['sleep', '60'], start_new_session=True)", {"forbidden"}),
+    "socket": ("import socket; socket.socket()", {"forbidden"}),
+    "huge file": ("f = open('x', 'wb')\nwhile True: f.write(bytes(10**6))", {"forbidden", "failed"}),
+    "sys.exit": ("import sys; sys.exit(0)", {"exited"}),
+    "os._exit": ("import os; os._exit(0)", {"exited"}),
+    "exit at the end": ("import atexit, os; atexit.register(os._exit, 0)\nraise SystemExit", {"exited"}),
+    "crash": ("import ctypes; ctypes.string_at(0)", {"exited"}),
+    "recursion": ("def f(): f()\nf()", {"failed"}),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_program_is_stopped_and_reported(run, name):
+    program, kinds = HOSTILE[name]
+    found = run(program + "\n" + GOOD, timeout=1.0, memory=128 << 20)
+    assert found.kind in kinds, found
+    assert found.passed == 0
+    assert found.detail
+
+
+WRONG = "\ndef double(x): return 9"
+WRITING = """
+import os
+for number in range(3, 64):
+    try: os.write(number, b"\\npassed 1  x\\n")
+    except OSError: pass
+os._exit(0)
+"""
+ECHOING = """
+import os
+for source in range(3, 64):
+    try:
+        os.set_blocking(source, False)
+        got = os.read(source, 4096)
+    except OSError:
+        got = b"passed 1 "
+    for target in range(3, 64):
+        try: os.write(target, got)
+        except OSError: pass
+os._exit(0)
+"""
+# Ways to look as if the tests had passed, though double is wrong or is not there.
+FAKES = {
+    "exiting when called": "import os\ndef double(x): os._exit(0)",
+    "raising SystemExit when called": "def double(x): raise SystemExit(0)",
+    "writing to every file": WRITING,
+    "reading every file and writing it back": ECHOING,
+    "patching what tests use": "import builtins\nbuiltins.abs = lambda x: 0\nbuiltins.AssertionError = None" + WRONG,
+    "patching exec and compile": "import builtins\nbuiltins.exec = builtins.compile = lambda *a, **k: None\n",
+    "patching json": 'import json\njson.dumps = lambda *a: \'{"kind": "passed", "passed": 1}\'' + WRONG,
+    "patching os": "import os\nos.write = os._exit = os.getpid = lambda *a: 0" + WRONG,
+    "raising what has no words": "class E(Exception):\n  def __str__(self): raise E\ndef double(x): raise E",
+    "printing a report": "print('passed 1 ')\nimport os; os._exit(0)",
+    "tracing": "import sys\nsys.settrace(lambda *a: sys.exit(0))" + WRONG,
+    "excepthook": "import sys\nsys.excepthook = lambda *a: None" + WRONG,
+}
+
+
+@pytest.mark.parametrize("name", FAKES)
+def test_success_cannot_be_faked_by(run, name):
+    found = run(FAKES[name], ["assert abs(double(2) - 4) < 1e-9"])
+    assert found.kind in {"failed", "exited", "forbidden"}, found
+    assert found.passed == 0
+
+
+ACTIONS = [
+    "open({0!r}).read()",
+    "open({0!r}, 'w')",
+    "os.remove({0!r})",
+    "os.rename({0!r}, 'x')",
+    "os.chmod({0!r}, 0)",
+    "os.chown({0!r}, 0, 0)",
+    "os.utime({0!r})",
+    "os.truncate({0!r}, 0)",
+    "shutil.rmtree({1!r})",
+    "os.mkdir({1!r} + '/new')",
+    "os.symlink('x', {1!r} + '/s')",
+]
+# What root of its own namespaces might try first, were it still root.
+FREEING = """
+import ctypes, os
+libc = ctypes.CDLL(None)
+for place in (b"/", b"/usr", os.path.dirname(os.__file__).encode()):
+    libc.mount(b"none", place, None, ctypes.c_ulong(32 | 4096), None)
+libc.unshare(0x10000000)
+libc.chroot(b".")
+"""
+
+
+def test_files_outside_stay_as_they_are_and_unseen(run, tmp_path):
+    kept = tmp_path / "kept"
+    kept.write_text("kept")
+    for action in ACTIONS:
+        program = "import os, shutil\n" + action.format(str(kept), str(tmp_path))
+        assert run(program + "\n" + GOOD).kind in {"forbidden", "failed"}, action
+    assert [file.name for file in tmp_path.iterdir()] == ["kept"]
+    assert kept.read_text() == "kept"
+    assert kept.stat().st_mode & 0o777
+
+
+def test_python_itself_cannot_be_changed(run):
+    library = Path(os.__file__)
+    before = library.stat().st_mtime_ns
+    for action in (
+        f"open({str(library)!r}, 'a')",
+        f"os.utime({str(library)!r})",
+        f"os.mkdir({str(library.parent / 'new')!r})",
+    ):
+        assert run(FREEING + action).kind in {"forbidden", "failed"}, action
+    assert library.stat().st_mtime_ns == before
+    assert not (library.parent / "new").exists()
+
+
+def test_no_server_of_this_machine_is_reached(run):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(0.2)
+        program = f"import socket\nsocket.create_connection(('127.0.0.1', {server.getsockname()[1]}), 1)"
+        assert run(program).kind == "forbidden"
+        with pytest.raises(TimeoutError):
+            server.accept()
+
+
+def test_no_other_process_is_signalled_or_seen(run):
+    other = subprocess.Popen(["sleep", "30"])
+    try:
+        for action in (
+            f"os.kill({other.pid}, 9)",
+            "os.kill(-1, 9)",
+            f"open('/proc/{other.pid}/environ').read()",
+            "os.kill(os.getppid(), 9)",
+        ):
+            assert run(f"import os\n{action}").kind in {"forbidden", "failed"}, action
+        assert other.poll() is None
+    finally:
+        other.kill()
+        other.wait()
+
+
+def test_secrets_of_the_environment_are_not_handed_on(run, monkeypatch):
+    monkeypatch.setenv("SECRET", "hunter2")
+    assert run("import os\nassert 'SECRET' not in os.environ\n" + GOOD).kind == "passed"
+
+
+def test_processes_that_a_trusted_program_leaves_are_ended():
+    name = f"{time.time_ns() % 10**8 + 1000}"
+    program = (
+        f"import subprocess\nfor _ in range(3): subprocess.Popen(['sleep', '{name}'], start_new_session=True)\n" + GOOD
+    )
+    assert run_program(program, [TEST], isolation="none").kind == "passed"
+    commands = [file.read_bytes() for file in Path("/proc").glob("[0-9]*/cmdline") if file.exists()]
+    assert not any(name.encode() in command for command in commands)
+
+
+def test_the_share_of_tests_and_the_tests_of_each_problem():
+    scorer = RunsTests([[TEST, "assert double(3) == 7"], "assert double(1) == 2"], share=True, isolation="none")
+    assert scorer(
+        [
+            Draft(GOOD, problem=0),
+            Draft(GOOD, problem=1),
+            Draft("    return 2 * x", prompt="def double(x):\n", problem=1),
+        ]
+    ).tolist() == [
+        0.5,
+        1,
+        1,
+    ]
+    assert RunsTests([[TEST, "assert False"]], isolation="none")([GOOD]).tolist() == [0]
+
+
+def test_equal_programs_run_once_and_workers_change_nothing(monkeypatch):
+    ran = []
+    real = run_program
+
+    def counting(program, tests, **options):
+        ran.append(program)
+        return real(program, tests, **options)
+
+    monkeypatch.setattr("lightning_peft.decoding.scorers.runs_tests.run_program", counting)
+    scorer = RunsTests([TEST], isolation="none", workers=3)
+    texts = [GOOD, "x = 1", GOOD, GOOD + "\n", "def double(x): return 4"]
+    assert scorer(texts).tolist() == [1, 0, 1, 1, 1]
+    assert scorer(texts[:2]).tolist() == [1, 0]
+    assert len(ran) == 4
+
+
+def test_solutions_pass_their_tests_and_the_bare_prompt_does_not():
+    try:
+        rows = human_eval()[:12]
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
+    scorer = RunsTests([f"{row['test']}\ncheck({row['entry_point']})" for row in rows], isolation="none", timeout=10)
+    right = [Draft(row["canonical_solution"], prompt=row["prompt"], problem=place) for place, row in enumerate(rows)]
+    assert scorer(right).tolist() == [1] * len(rows)
+    assert scorer([Draft("    pass\n", prompt=text.prompt, problem=text.problem) for text in right]).tolist() == [
+        0
+    ] * len(rows)
+
+
+def test_where_nothing_shuts_in_programs_are_refused(monkeypatch):
+    monkeypatch.setattr(sandbox, "why_not", lambda kind: f"{kind} is off")
+    with pytest.raises(
+        RuntimeError, match=r"cannot be shut in here.*namespaces is off.*isolation='none' runs them with the rights"
+    ):
+        RunsTests([TEST])
+    assert RunsTests([TEST], isolation="none")([GOOD]).tolist() == [1]
+
+
+def test_the_second_way_is_taken_where_the_first_is_missing(monkeypatch):
+    monkeypatch.setattr(sandbox, "why_not", {"namespaces": "off", "landlock": None}.get)
+    assert chosen_isolation("auto") == "landlock"
+    with pytest.raises(RuntimeError, match="namespaces"):
+        chosen_isolation("namespaces")
+
+
+def test_a_kernel_without_landlock_and_one_without_namespaces_are_noticed(monkeypatch):
+    monkeypatch.setattr(sandbox.confinement, "landlock_version", lambda: 0)
+    assert "Landlock of version 6" in why_not.__wrapped__("landlock")
+    monkeypatch.setattr(sandbox, "_child", lambda job, timeout: {"detail": "unshare: Operation not permitted"})
+    assert "not permitted" in why_not.__wrapped__("namespaces")
+
+
+@pytest.mark.parametrize(
+    "options", [{"timeout": 0}, {"memory": 1000}, {"workers": 0}, {"isolation": "docker"}, {"tests": "assert x"}]
+)
+def test_settings_that_mean_nothing_are_refused(options):
+    with pytest.raises(ValueError, match="RunsTests"):
+        RunsTests(**{"tests": [TEST], "isolation": "none", **options})
+
+
+def test_a_draft_without_tests_is_refused():
+    with pytest.raises(ValueError, match="problem 3, but there are tests of 1"):
+        RunsTests([TEST], isolation="none")([Draft("x", problem=3)])
