@@ -12,9 +12,8 @@ from torch import nn
 from typing_extensions import override
 
 from lightning_peft.callbacks.measuring import forward_context
-from lightning_peft.decoding.compute_curve import Decoder
 from lightning_peft.decoding.draft import Draft, Scorer
-from lightning_peft.decoding.result import DecodeResult
+from lightning_peft.decoding.result import Decoder, DecodeResult
 from lightning_peft.distributed import gather_objects, rank, refuse_sharded, together, world_size
 from lightning_peft.logging import log_text, log_values, register_chart
 from lightning_peft.one_lightning import refuse_pytorch_lightning
@@ -106,12 +105,13 @@ class DecodingEvaluation(pl.Callback):
         places = range(rank(), len(self.prompts), world_size())
         if not places:
             return []
-        result = decoder.decode(
-            causal_lm(pl_module, self.model, _OWNER), self.tokenizer, [self.prompts[i] for i in places]
-        )
+        prompts = [
+            Draft("", prompt=self.prompts[place], problem=place) for place in places
+        ]  # numbered as in one process
+        result = decoder.decode(causal_lm(pl_module, self.model, _OWNER), self.tokenizer, prompts)
         rows = []
         for number, place in enumerate(places):
-            pool = [Draft(h.draft.completion, prompt=self.prompts[place], problem=place) for h in result.pool[number]]
+            pool = [candidate.draft for candidate in result.pool[number]]
             verdicts = [value > 0.5 for value in torch.as_tensor(self.verifier(pool)).tolist()]
             tokens = float(result.usage[number].tokens)
             shown = _shown(pool[0], verdicts[0], result, number)

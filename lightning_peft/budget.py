@@ -16,12 +16,13 @@ class Usage:
         forwards: Calls of the model.
         tokens: Positions that went through the model, padding included.
         seconds: Wall time.
-        scorer_calls: Calls of an external scorer.
+        scorer_calls: Questions that an external scorer was asked: one for each text.
         scorer_seconds: Wall time inside it.
         cached: What was asked and did not have to be computed.
+        prompt_tokens: Positions of prompts where they are counted apart from ``tokens``, as decoders do.
 
-    >>> Usage(forwards=1, tokens=10) + Usage(tokens=5)
-    Usage(forwards=1, tokens=15, seconds=0.0, scorer_calls=0, scorer_seconds=0.0, cached=0)
+    >>> (Usage(forwards=1, tokens=10) + Usage(tokens=5)).tokens
+    15
     """
 
     forwards: int = 0
@@ -30,6 +31,7 @@ class Usage:
     scorer_calls: int = 0
     scorer_seconds: float = 0.0
     cached: int = 0
+    prompt_tokens: int = 0
 
     def __add__(self, other: Usage) -> Usage:
         return Usage(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(Usage)))

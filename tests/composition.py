@@ -71,7 +71,9 @@ from lightning_peft.callbacks import (
     ZeroInitHead,
 )
 from lightning_peft.data import ReservoirBuffer
-from lightning_peft.decoding import DecodeResult, Draft, Hypothesis
+from lightning_peft.decoding import DecodeResult
+from lightning_peft.decoding.draft import Draft
+from lightning_peft.decoding.result import Candidate
 from lightning_peft.distributed import rank, world_size
 from lightning_peft.files import write_text
 from lightning_peft.logging import FAMILIES
@@ -272,8 +274,9 @@ class Weighing:
 
     def decode(self, model: nn.Module, tokenizer: Any, prompts: Sequence[str]) -> DecodeResult:
         text = "x" * int(1000 * abs(next(model.parameters()).flatten()[0].item()))
-        pool = [[Hypothesis(Draft(text, prompt=prompt), 0.0, 0.0, (), finished=True)] for prompt in prompts]
-        return DecodeResult([text] * len(prompts), [0.0] * len(prompts), [Usage(tokens=len(text))] * len(prompts), pool)
+        pool = [[Candidate(Draft(text, prompt=str(prompt)), 0.0, 0.0, True, True, ())] for prompt in prompts]
+        usage, texts = [Usage(tokens=len(text))] * len(prompts), [text] * len(prompts)
+        return DecodeResult(texts, [0.0] * len(prompts), usage, pool, [None] * len(prompts))
 
 
 def heavy(texts: list[Draft]) -> torch.Tensor:

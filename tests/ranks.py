@@ -56,7 +56,8 @@ from lightning_peft.callbacks import (
 )
 from lightning_peft.data import EpisodeCollate, EpisodeLoader, EpisodeSampler, FeatureCache
 from lightning_peft.data.episode_loader import EpisodeDataset
-from lightning_peft.decoding import BeamSearch, Draft, Sample
+from lightning_peft.decoding import BeamSearch, Sample
+from lightning_peft.decoding.draft import Draft
 from lightning_peft.distributed import gather_objects, gather_rows, rank, world_size
 from lightning_peft.losses import in_batch_contrastive
 from lightning_peft.metrics import RecallAtOne

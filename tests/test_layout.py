@@ -17,7 +17,7 @@ LEVELS = {"recipes": 3, "callbacks": 2, "mixins": 1}
 
 def packages() -> dict[str, Path]:
     found = {"lightning_peft": ROOT / "lightning_peft"}
-    for init in (ROOT / "lightning_peft").rglob("*/__init__.py"):
+    for init in [*(ROOT / "lightning_peft").glob("*/__init__.py"), *(ROOT / "lightning_peft").glob("*/*/__init__.py")]:
         parts = init.parent.relative_to(ROOT).parts
         found[".".join(parts)] = init.parent.resolve()
     for name in ("callbacks", "recipes"):

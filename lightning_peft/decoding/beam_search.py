@@ -1,143 +1,292 @@
-"""Beam search whose beams an external scorer may judge, with an exact account of what was spent."""
+"""Beam search with scorers of one's own, under a budget."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from lightning_peft.budget import Budget
-from lightning_peft.decoding.beams import Problem, SearchState
-from lightning_peft.decoding.draft import Scorer
+from lightning_peft.budget import Budget, Usage
+from lightning_peft.decoding.beams import Beam, EarlyStopping, Hypothesis
+from lightning_peft.decoding.custom_generate import custom_generate
+from lightning_peft.decoding.draft import Draft, Scorer
 from lightning_peft.decoding.judge import Judge
-from lightning_peft.decoding.prompts import Prompts, end_tokens, read_prompts
-from lightning_peft.decoding.result import DecodeResult, Hypothesis, best_first, result_of
-from lightning_peft.decoding.rows import reading
+from lightning_peft.decoding.picking import judged_by, settled
+from lightning_peft.decoding.result import DecodeResult, result_of
+from lightning_peft.decoding.rows import Rows
+from lightning_peft.decoding.texts import Texts, end_tokens
+from lightning_peft.old_task import untouched
 
-NO_LIMIT = Budget()
+Processor = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class BeamSearch:
-    """Keep the best ``num_beams`` texts under way, judged by the model and by scorers of your own.
+    """Search for the best texts with a beam whose hypotheses scorers of yours judge, while they are written and at their end.
 
-    Every step takes the ``num_beams * expand`` likeliest continuations, asks the partial scorer about those alone, drops the dead,
-    and keeps the best by
-
-        ``log p / length ** length_penalty + weight * partial(text)``
-
-    with the partial value taken anew, never summed over steps. Dead texts so do not starve the beam, and the scorer sees a few
-    texts where a processor of logits sees the vocabulary. Without scorers it is the beam search of transformers, token for token.
-
-    **The trap:** a scorer with ``finished`` is asked before an end token may end a text; without it, an end token in the middle
-    of a bracket ends it.
+    A hypothesis ranks by ``logprob / length ** length_penalty + weight * partial(text)``; the partial scorer's value is taken
+    anew at each step, never summed up. Of a step's continuations the ``num_beams * expand`` most likely are scored, dead ones
+    (``-inf``) leave, and ``num_beams`` go on. Where a partial scorer has ``finished``, a text that may not end is dead. If all
+    die before one has ended, the most likely dead one is returned with ``viable=False``. Without scorers the texts are those of
+    transformers' ``generate(num_beams=...)``, token for token; its other settings (of ``generation_config``, say) are not read,
+    only which tokens end a text.
 
     Args:
-        num_beams: Texts that are kept.
-        expand: Continuations that are judged for each of them; at least 2, so that an end token does not take a place.
-        partial: Judges texts under way; ``-inf`` drops them.
-        final: Judges texts that ended, and chooses among them.
-        weight: Of the partial value beside the log-probability per token.
-        lookahead: Tokens that each continuation is rolled out greedily before the partial scorer sees it.
-        length_penalty: Exponent of the length in the score; 0 compares sums.
-        early_stopping: True ends a search with ``num_beams`` finished texts; False also when none under way is better than the
-            worst of them at its present length; ``"never"`` only when none could become better at any length.
-        max_new_tokens: Longest text.
-        check_every: Ask the partial scorer at every token, or at those that end a line and at the end of the text.
-        budget: What a single prompt may cost; the search then gives the best text so far.
-        batch_size: Prompts searched at once.
+        num_beams: Hypotheses that go on.
+        expand: Candidates a step, as a multiple of ``num_beams``; at least one more than there are ends.
+        partial: Judges texts that may go on.
+        final: Judges texts that have ended; the best of them by it is returned.
+        weight: Of the partial scorer's value.
+        lookahead: Tokens by which a candidate is continued greedily before the partial scorer sees it.
+        budget: Limits for each prompt; when the next step has no room, the best so far is returned.
+        length_penalty: Power of the length that log-probabilities are divided by.
+        early_stopping: As in transformers: True, False or ``"never"``.
+        max_new_tokens: Greatest length.
+        check_every: ``"line"`` shows the partial scorer whole lines only: fewer questions, later answers.
+        num_return: Texts that ``DecodeResult.n_best`` holds of each prompt.
+        batch_size: Prompts that are searched together.
 
     Raises:
-        ValueError: For settings out of range.
+        ValueError: For a setting outside its range.
     """
 
-    num_beams: int = 8
-    expand: int = 3
+    num_beams: int = 4
+    expand: int = 2
     partial: Scorer | None = None
     final: Scorer | None = None
     weight: float = 1.0
     lookahead: int = 0
+    budget: Budget = field(default_factory=Budget)
     length_penalty: float = 1.0
-    early_stopping: bool | Literal["never"] = False
-    max_new_tokens: int = 128
+    early_stopping: EarlyStopping = False
+    max_new_tokens: int = 64
     check_every: Literal["token", "line"] = "token"
-    budget: Budget = NO_LIMIT
+    num_return: int = 1
     batch_size: int = 16
 
     def __post_init__(self) -> None:
         """Check the settings."""
-        for name, least in (
+        for name, least in [
             ("num_beams", 1),
-            ("expand", 2),
+            ("expand", 1),
             ("lookahead", 0),
             ("max_new_tokens", 1),
             ("batch_size", 1),
-        ):
+        ]:
             value = getattr(self, name)
-            if not isinstance(value, int) or value < least:
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ValueError(f"BeamSearch: {name}={value!r} must be a whole number of at least {least}.")
+        if not 1 <= self.num_return <= self.num_beams:
+            raise ValueError(f"BeamSearch: num_return={self.num_return!r} must be 1 to num_beams={self.num_beams}.")
         if self.early_stopping not in (True, False, "never"):
             raise ValueError(f"BeamSearch: early_stopping={self.early_stopping!r} must be True, False or 'never'.")
         if self.check_every not in ("token", "line"):
             raise ValueError(f"BeamSearch: check_every={self.check_every!r} must be 'token' or 'line'.")
-        if self.lookahead and self.partial is None:
-            raise ValueError(f"BeamSearch: lookahead={self.lookahead} is for a partial scorer. Give partial=.")
 
-    def decode(self, model: nn.Module, tokenizer: Any, prompts: Sequence[str]) -> DecodeResult:
-        """Search after each prompt.
+    def decode(self, model: Any, tokenizer: Any, prompts: Sequence[str]) -> DecodeResult:
+        """Write after each prompt.
 
         Args:
-            model: A causal language model of transformers.
-            tokenizer: Its tokenizer.
-            prompts: Texts to go on with.
+            model: A causal language model of transformers; it is in eval mode meanwhile.
+            tokenizer: The model's.
+            prompts: Texts, of any lengths.
         """
-        found: list[Problem] = []
-        with reading(model):
-            for start in range(0, len(prompts), self.batch_size):
-                part = read_prompts(model, tokenizer, prompts[start : start + self.batch_size], start)
-                found += self._searched(model, part)
-        return result_of([p.pool for p in found], [p.usage for p in found], [p.stopped for p in found])
+        texts = Texts(tokenizer, prompts)
+        return self.search(model, texts, end_tokens(model, tokenizer))
+
+    def search(self, model: Any, texts: Texts, ends: frozenset[int], process: Processor | None = None) -> DecodeResult:
+        """Write after prompts that are tokens already.
+
+        Args:
+            model: The model.
+            texts: The prompts.
+            ends: Tokens that end a text.
+            process: Changes log-probabilities, given tokens and them: transformers' logits processors.
+        """
+        usage = [Usage() for _ in texts.prompts]
+        accounts = dict(zip(texts.numbers, usage, strict=True))
+        judges = Judge(self.partial, accounts), Judge(self.final, accounts)
+        beams: list[Beam] = []
+        with torch.no_grad(), untouched(model, next(model.parameters()).device):
+            for first in range(0, len(usage), self.batch_size):
+                problems = list(range(len(usage)))[first : first + self.batch_size]
+                beams += _Search(self, Rows(model, usage), texts, judges[0], ends, process).run(problems)
+        scored = self.partial is not None or self.final is not None
+        pools = [settled(beam.found, texts, ended_first=scored or beam.stopped is not None) for beam in beams]
+        if self.final is not None:
+            pools = [judged_by(judges[1], pool, self.budget) for pool in pools]
+        return result_of(pools, usage, [beam.stopped for beam in beams], self.num_return)
 
     def as_custom_generate(self, tokenizer: Any) -> Callable[..., Tensor]:
-        """Return this search for ``model.generate(..., custom_generate=...)``; leave its own ``num_beams`` at 1."""
+        """Return a function for ``model.generate(..., custom_generate=...)``; leave generate's own ``num_beams`` at 1.
 
-        def generate(model: nn.Module, input_ids: Tensor, **given: Any) -> Tensor:
-            if given.get("logits_processor"):
-                raise ValueError(
-                    "BeamSearch: logits processors are not applied. Leave generate's own settings at their defaults."
-                )
-            texts = [tokenizer.decode(row, skip_special_tokens=True) for row in input_ids]
-            mask = given.get("attention_mask")
-            mask = torch.ones_like(input_ids) if mask is None else mask
-            ends = end_tokens(model, tokenizer)
-            with reading(model):
-                found = self._searched(model, Prompts(texts, input_ids, mask, tokenizer, ends))
-            best = [problem.pool[0].tokens for problem in found]
-            fill = min(ends) if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-            new = [[*tokens, *[fill] * (max(map(len, best)) - len(tokens))] for tokens in best]
-            return torch.cat([input_ids, torch.tensor(new, device=input_ids.device)], 1)
-
-        return generate
-
-    def _searched(self, model: nn.Module, prompts: Prompts) -> list[Problem]:
-        state = SearchState(self, model, prompts)
-        while state.open:
-            state.step()
-        judge = Judge(self.final, [problem.usage for problem in state.problems], prompts.first)
-        for problem in state.problems:
-            problem.pool = best_first(list(_judged(judge, problem, self.budget)))
-        return state.problems
+        Args:
+            tokenizer: The model's; scorers read what it decodes.
+        """
+        return custom_generate(self, tokenizer)
 
 
-def _judged(judge: Judge, problem: Problem, budget: Budget) -> Iterator[Hypothesis]:
-    """Yield the hypotheses of a problem, finished ones with what the final scorer gives."""
-    asked = [h.draft for h in problem.pool if h.finished]
-    refused = budget.refuses(problem.usage, judge.coming(asked)) if asked else None
-    problem.stopped = problem.stopped or (refused if judge.unknown(asked) else None)
-    values = {} if refused or not judge.scores else dict(zip(asked, judge.values(asked), strict=True))
-    for hypothesis in problem.pool:
-        known = values.get(hypothesis.draft) if hypothesis.finished else None
-        yield replace(hypothesis, final=known)
+@dataclass
+class _Search:
+    """One batch of problems, step by step."""
+
+    settings: BeamSearch
+    rows: Rows
+    texts: Texts
+    judge: Judge
+    ends: frozenset[int]
+    process: Processor | None
+
+    def run(self, problems: list[int]) -> list[Beam]:
+        s = self.settings
+        start = time.perf_counter()
+        device = next(self.rows.model.parameters()).device
+        self.prompt_ids, mask = self.texts.padded(problems, device)
+        logits = self.rows.start(self.prompt_ids, mask, problems)
+        self.problems = problems
+        beams = [
+            Beam(one, s.num_beams, s.length_penalty, s.weight, s.early_stopping, s.max_new_tokens) for one in problems
+        ]
+        for beam in beams:
+            beam.running = [Hypothesis(beam.problem, 0, (), 0.0, ended=False)]
+        running = beams
+        while True:
+            self._advance(running, logits)
+            start = self._share_time(running, start)
+            running = [beam for beam in running if not beam.closed]
+            running = [beam for beam in running if self._has_room(beam, 1, len(beam.running))]
+            if not running:
+                return beams
+            going = [one for beam in running for one in beam.running]
+            self.rows.keep([one.row for one in going])
+            logits = self.rows.step(torch.tensor([one.ids[-1] for one in going], device=device))
+
+    def _advance(self, beams: list[Beam], logits: Tensor) -> None:
+        candidates = self._candidates(beams, logits)
+        if self.judge.scorer is not None:
+            self._score(beams, candidates)
+        for beam, found in zip(beams, candidates, strict=True):
+            if not beam.closed:
+                for one in found:
+                    beam.rank(one)
+                beam.advance(found)
+
+    def _candidates(self, beams: list[Beam], logits: Tensor) -> list[list[Hypothesis]]:
+        """Return the most likely continuations of each beam."""
+        s = self.settings
+        going = [one for beam in beams for one in beam.running]
+        logprobs = torch.log_softmax(logits, -1)
+        if self.process is not None:
+            logprobs = self._processed(beams, going, logprobs, self.process)
+        count = s.num_beams * max(s.expand, 2, 1 + len(self.ends))
+        values, places = logprobs.topk(min(count, logprobs.shape[1]))
+        # What came before is the same for a whole row: it is added to the few that are left, not to the vocabulary.
+        values += torch.tensor([one.logprob for one in going], device=logits.device)[:, None]
+        best, tokens = values.tolist(), places.tolist()
+        candidates, row = [], 0
+        for beam in beams:
+            rows = range(row, row + len(beam.running))
+            row += len(beam.running)
+            pairs = [(best[one][place], one, tokens[one][place]) for one in rows for place in range(len(best[one]))]
+            pairs.sort(key=lambda pair: -pair[0])
+            candidates.append(
+                [
+                    Hypothesis(beam.problem, one, (*going[one].ids, token), logprob, token in self.ends)
+                    for logprob, one, token in pairs[:count]
+                ]
+            )
+        return candidates
+
+    def _score(self, beams: list[Beam], candidates: list[list[Hypothesis]]) -> None:
+        """Give each candidate the partial scorer's value, where the budget has room for that."""
+        shown: list[tuple[Hypothesis, Draft]] = []
+        for beam, found in zip(beams, candidates, strict=True):
+            drafts = self._shown(beam, found)
+            if drafts is not None:
+                pairs = list(zip(found, drafts, strict=True))
+                coming = self.judge.coming(drafts, [draft for one, draft in pairs if one.ended])
+                refused = self.settings.budget.refuses(self.rows.usage[beam.problem], coming)
+                if coming.scorer_calls and refused:
+                    beam.stop(refused)
+                else:
+                    shown += pairs
+        values = self.judge.values([draft for _, draft in shown])
+        for (one, _), value in zip(shown, values, strict=True):
+            one.value = value
+        ended = [(one, draft) for one, draft in shown if one.ended and not one.dead]
+        for (one, _), may in zip(ended, self.judge.finished([draft for _, draft in ended]), strict=True):
+            one.value = one.value if may else -float("inf")
+
+    def _shown(self, beam: Beam, found: list[Hypothesis]) -> list[Draft] | None:
+        """Return what the partial scorer sees of each candidate; None if the budget has no room for the lookahead."""
+        written = [one.written for one in found]
+        if self.settings.lookahead:
+            places = [place for place, one in enumerate(found) if not one.ended]
+            ahead = self.settings.lookahead
+            if not self._has_room(beam, ahead, ahead * len(places)):
+                return None
+            for place, tokens in zip(places, self._rolled_out([found[place] for place in places]), strict=True):
+                written[place] = tokens
+        drafts = self.texts.drafts([(beam.problem, tokens) for tokens in written])
+        if self.settings.check_every == "line":
+            drafts = [draft if one.ended else _whole_lines(draft) for one, draft in zip(found, drafts, strict=True)]
+        return drafts
+
+    def _rolled_out(self, candidates: list[Hypothesis]) -> list[tuple[int, ...]]:
+        """Return the tokens of candidates after some greedy ones more; those that end stop there."""
+        written = [one.ids for one in candidates]
+        going = list(range(len(candidates)))
+        rows = self.rows.fork([one.row for one in candidates])
+        for _ in range(self.settings.lookahead):
+            if not going:
+                break
+            logits = rows.step(torch.tensor([written[one][-1] for one in going], device=self.prompt_ids.device))
+            following = logits.argmax(-1).tolist()
+            lasting = [place for place, token in enumerate(following) if token not in self.ends]
+            for place in lasting:
+                written[going[place]] = (*written[going[place]], following[place])
+            if len(lasting) < len(going):
+                rows.keep(lasting)
+            going = [going[place] for place in lasting]
+        return written
+
+    def _has_room(self, beam: Beam, forwards: int, tokens: int) -> bool:
+        refused = self.settings.budget.refuses(self.rows.usage[beam.problem], Usage(forwards=forwards, tokens=tokens))
+        if refused:
+            beam.stop(refused)
+        return not refused
+
+    def _share_time(self, beams: list[Beam], start: float) -> float:
+        now = time.perf_counter()
+        for beam in beams:
+            self.rows.usage[beam.problem].seconds += (now - start) / len(beams)
+        return now
+
+    def _processed(self, beams: list[Beam], going: list[Hypothesis], logprobs: Tensor, process: Processor) -> Tensor:
+        """Return log-probabilities as processors change them, which may hold a value for each prompt: one row of each at a time."""
+        ids, changed = self._ids(going), logprobs.clone()
+        rows: dict[int, list[int]] = {}
+        for row, one in enumerate(going):
+            rows.setdefault(one.problem, []).append(row)
+        for place in range(max(len(beam.running) for beam in beams)):
+            # Where a prompt has no such row, any will do.
+            chosen = [rows.get(problem, [])[place : place + 1] for problem in self.problems]
+            index = [one[0] if one else 0 for one in chosen]
+            found = process(ids[index], logprobs[index])
+            there = [at for at, one in enumerate(chosen) if one]
+            changed[[index[at] for at in there]] = found[there]
+        return changed
+
+    def _ids(self, going: list[Hypothesis]) -> Tensor:
+        device = self.prompt_ids.device
+        prompts = self.prompt_ids[[one.problem - self.problems[0] for one in going]]
+        return torch.cat([prompts, torch.tensor([one.ids for one in going], device=device, dtype=prompts.dtype)], 1)
+
+
+def _whole_lines(draft: Draft) -> Draft:
+    written = draft.completion
+    return Draft(written[: written.rfind("\n") + 1], prompt=draft.prompt, problem=draft.problem)

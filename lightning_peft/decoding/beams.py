@@ -1,253 +1,114 @@
-"""The state of a beam search over some prompts, and its step."""
+"""The beam of one problem: what goes on, what has ended, and whether anything better can come."""
 
 from __future__ import annotations
 
 import math
-import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import Literal
 
-import torch
-from torch import nn
-
-from lightning_peft.budget import Usage
-from lightning_peft.decoding.draft import Draft
-from lightning_peft.decoding.judge import Judge
-from lightning_peft.decoding.prompts import Prompts
-from lightning_peft.decoding.result import Hypothesis
-from lightning_peft.decoding.rows import Rows
-
-if TYPE_CHECKING:
-    from lightning_peft.decoding.beam_search import BeamSearch
+EarlyStopping = bool | Literal["never"]
 
 
 @dataclass(slots=True)
-class Beam:
-    """A text under way, or one that it may become.
+class Hypothesis:
+    """A text on its way.
 
     Args:
-        tokens: What was written.
-        logprob: Their summed log-probability.
-        parent: Row that it goes on from.
-        draft: Its text, where a scorer has seen it.
-        value: What the partial scorer gave it last.
-        rank: What it is compared by.
-        ends: Whether its last token ends it.
+        problem: Which prompt it goes on from.
+        row: The row of the batch that its last token but one is in.
+        ids: Its tokens after the prompt, the end's included.
+        logprob: Their sum of log-probabilities.
+        ended: Whether its last token is an end.
+        value: What the partial scorer said.
+        rank: ``logprob / len(ids) ** length_penalty + weight * value``.
     """
 
-    tokens: tuple[int, ...]
+    problem: int
+    row: int
+    ids: tuple[int, ...]
     logprob: float
-    parent: int = 0
-    draft: Draft | None = None
+    ended: bool
     value: float = 0.0
     rank: float = 0.0
-    ends: bool = False
+
+    @property
+    def dead(self) -> bool:
+        """Whether a scorer has ruled it out."""
+        return self.value == -math.inf
+
+    @property
+    def written(self) -> tuple[int, ...]:
+        """Its tokens without the end's."""
+        return self.ids[:-1] if self.ended else self.ids
 
 
 @dataclass
-class Problem:
-    """One prompt of a search.
+class Beam:
+    """The search for one problem.
+
+    Its rules, where no scorer speaks, are those of transformers' beam search: only what ends among the first ``width`` candidates
+    counts as finished, ``width`` of those make it full, and what ``early_stopping`` says decides when a full one is done.
 
     Args:
-        place: Its place among the prompts of the batch.
-        beams: Texts under way.
-        best: The ``num_beams`` best that ended, best first.
-        pool: All that ended.
-        usage: What was spent.
-        stopped: The limit that ended the search.
+        problem: Its number.
+        width: Most hypotheses that go on, and number of finished ones that are compared.
+        length_penalty: Power of the length that a log-probability is divided by.
+        weight: Of the partial scorer's value.
+        early_stopping: True ends a full beam at once, False when the best that goes on is no better at its present length than
+            the worst finished one, ``"never"`` when it could not even be at the greatest length.
+        max_new_tokens: The greatest length.
     """
 
-    place: int
-    beams: list[Beam] = field(default_factory=list)
-    best: list[Hypothesis] = field(default_factory=list)
-    pool: list[Hypothesis] = field(default_factory=list)
-    usage: Usage = field(default_factory=Usage)
+    problem: int
+    width: int
+    length_penalty: float
+    weight: float
+    early_stopping: EarlyStopping
+    max_new_tokens: int
+    running: list[Hypothesis] = field(default_factory=list)
+    found: list[Hypothesis] = field(default_factory=list)
+    closed: bool = False
     stopped: str | None = None
 
+    def rank(self, hypothesis: Hypothesis) -> None:
+        """Give a hypothesis its rank, by its present value."""
+        hypothesis.rank = -math.inf if hypothesis.dead else self._worth(hypothesis, len(hypothesis.ids))
 
-class SearchState:
-    """A beam search under way over the prompts of a batch.
+    def advance(self, candidates: Sequence[Hypothesis]) -> None:
+        """Take the next step: what ends among the best candidates is found, the best others go on."""
+        living = sorted((one for one in candidates if not one.dead), key=lambda one: -one.rank)
+        self.running = []
+        for place, one in enumerate(living):
+            if one.ended or len(one.ids) == self.max_new_tokens:
+                if place < self.width:
+                    self.found.append(one)
+            elif len(self.running) < self.width:
+                self.running.append(one)
+        if not living and not self.found:
+            # Nothing can go on and nothing has ended: the most likely dead one, marked so, is better than no text.
+            self.found = [max(candidates, key=lambda one: self._normalised(one, len(one.ids)))]
+        self.closed = not self.running or self._done()
 
-    Args:
-        search: Its settings.
-        model: The language model.
-        prompts: The prompts.
-    """
+    def stop(self, limit: str) -> None:
+        """End the search because a limit is reached; what was under way counts as found."""
+        self.found += self.running
+        self.closed, self.stopped, self.running = True, limit, []
 
-    def __init__(self, search: BeamSearch, model: nn.Module, prompts: Prompts) -> None:
-        self.search, self.prompts = search, prompts
-        self.problems = [Problem(place) for place in range(len(prompts))]
-        self.open: list[Problem] = []
-        self._judge = Judge(search.partial, [problem.usage for problem in self.problems], prompts.first)
-        self._start = time.perf_counter()
-        for problem in self.problems:
-            problem.beams = [Beam((), 0.0)]
-            if self._booked(problem, Usage(forwards=1, tokens=prompts.length(problem.place))):
-                self.open.append(problem)
-        if self.open:
-            places = [problem.place for problem in self.open]
-            self._rows = Rows(model, prompts.input_ids[places], prompts.attention_mask[places])
-
-    def step(self) -> None:
-        """Let every open problem go on by one token."""
-        proposed = self._proposed()
-        self._look_ahead(proposed)
-        going = [
-            problem for problem, beams in zip(list(self.open), proposed, strict=True) if self._chosen(problem, beams)
-        ]
-        self.open = [
-            problem for problem in going if self._booked(problem, Usage(forwards=1, tokens=len(problem.beams)))
-        ]
-        if self.open:
-            beams = [beam for problem in self.open for beam in problem.beams]
-            self._rows.keep([beam.parent for beam in beams])
-            self._rows.append([beam.tokens[-1] for beam in beams])
-
-    def _booked(self, problem: Problem, coming: Usage) -> bool:
-        """Book what is coming, or stop a problem that may not spend it."""
-        problem.usage.seconds = time.perf_counter() - self._start
-        problem.stopped = self.search.budget.refuses(problem.usage, coming)
-        if problem.stopped:
-            self._cut(problem)
+    def _done(self) -> bool:
+        if len(self.found) < self.width:
             return False
-        problem.usage.forwards += coming.forwards
-        problem.usage.tokens += coming.tokens
-        return True
-
-    def _cut(self, problem: Problem) -> None:
-        """End a problem where it is: without a text that ended, those under way are what there is."""
-        if not problem.pool:
-            problem.pool = [self._hypothesis(problem, beam, viable=True) for beam in problem.beams]
-
-    # --- continuations --------------------------------------------------------------------------------------------------------
-
-    def _proposed(self) -> list[list[Beam]]:
-        """Return the likeliest continuations of every open problem, likeliest first."""
-        beams = [beam for problem in self.open for beam in problem.beams]
-        device = self._rows.log_probabilities.device
-        sums = self._rows.log_probabilities + torch.tensor([beam.logprob for beam in beams], device=device)[:, None]
-        count = min(self.width, sums.shape[1])
-        found = sums.topk(count, dim=1)
-        values, tokens = found.values.tolist(), found.indices.tolist()
-        proposed, row = [], 0
-        for problem in self.open:
-            reach = range(row, row + len(problem.beams))
-            row += len(problem.beams)
-            ranked = sorted(((values[r][c], r, c) for r in reach for c in range(count)), key=lambda found: -found[0])
-            proposed.append([self._child(beams[r], r, tokens[r][c], value) for value, r, c in ranked[: self.width]])
-        return proposed
-
-    @property
-    def width(self) -> int:
-        """How many continuations a problem gets: enough for a full beam, whatever ends."""
-        search, ends = self.search, len(self.prompts.ends)
-        return search.num_beams * max(2, 1 + ends, search.expand if search.partial else 0)
-
-    def _child(self, beam: Beam, row: int, token: int, logprob: float) -> Beam:
-        return Beam((*beam.tokens, token), logprob, row, beam.draft, beam.value, ends=token in self.prompts.ends)
-
-    def _look_ahead(self, proposed: list[list[Beam]]) -> None:
-        """Roll every continuation out greedily, and let its draft be what came of it."""
-        self._rolled: dict[int, tuple[int, ...]] = {}
-        steps = self.search.lookahead
-        if not steps:
-            return
-        beams = []
-        for problem, group in zip(self.open, proposed, strict=True):
-            going = [beam for beam in group if not beam.ends]
-            if self._booked(problem, Usage(forwards=steps, tokens=steps * len(going))):
-                beams += going
-        if not beams:
-            return
-        rows = self._rows.fork()
-        rows.keep([beam.parent for beam in beams])
-        rolled = [list(beam.tokens) for beam in beams]
-        for _ in range(steps):
-            rows.append([tokens[-1] for tokens in rolled])
-            for tokens, following in zip(rolled, rows.log_probabilities.argmax(1).tolist(), strict=True):
-                tokens.append(following)
-        ends = self.prompts.ends
-        for beam, tokens in zip(beams, rolled, strict=True):
-            stop = next((i for i, token in enumerate(tokens) if token in ends), len(tokens))
-            self._rolled[id(beam)] = tuple(tokens[: max(stop, len(beam.tokens))])
-
-    # --- judging --------------------------------------------------------------------------------------------------------------
-
-    def _chosen(self, problem: Problem, beams: list[Beam]) -> bool:
-        """Choose what a problem goes on with; return False when it is done."""
-        if problem.stopped:
-            return False
-        alive = self._alive(problem, beams)
-        problem.usage.seconds = time.perf_counter() - self._start
-        if alive is None:
-            self._cut(problem)
-            return False
-        if not alive:
-            if not problem.pool:
-                problem.pool = [self._hypothesis(problem, beam, viable=False) for beam in beams[:1]]
-            return False
-        self._finish(problem, alive)
-        if len(alive[0].tokens) == self.search.max_new_tokens:
-            return False
-        problem.beams = [beam for beam in alive if not beam.ends][: self.search.num_beams]
-        return bool(problem.beams) and self._could_improve(problem)
-
-    def _alive(self, problem: Problem, beams: list[Beam]) -> list[Beam] | None:
-        """Return the continuations that no scorer drops, ranked; None where asking would cost too much."""
-        search = self.search
-        if search.partial is not None:
-            asked = self._drafts(problem, beams)
-            problem.stopped = search.budget.refuses(problem.usage, self._judge.coming([draft for _, draft in asked]))
-            if problem.stopped and self._judge.unknown([draft for _, draft in asked]):
-                return None
-            problem.stopped = None
-            for (beam, _), value in zip(asked, self._judge.values([draft for _, draft in asked]), strict=True):
-                beam.value = value
-            ending = [beam for beam in beams if beam.ends and beam.value > -math.inf]
-            texts = [beam.draft for beam in ending if beam.draft is not None]
-            for beam, may in zip(ending, self._judge.ended(texts), strict=True):
-                beam.value = beam.value if may else -math.inf
-        alive = [beam for beam in beams if beam.value > -math.inf]
-        for beam in alive:
-            beam.rank = beam.logprob / len(beam.tokens) ** search.length_penalty + search.weight * beam.value
-        return sorted(alive, key=lambda beam: -beam.rank)
-
-    def _drafts(self, problem: Problem, beams: list[Beam]) -> list[tuple[Beam, Draft]]:
-        """Return the continuations whose text the scorer shall see now."""
-        asked = []
-        for beam in beams:
-            before = "" if beam.draft is None else beam.draft.completion
-            beam.draft = self.prompts.draft(problem.place, beam.tokens)
-            lines = "\n" in beam.draft.completion[len(before) :] or beam.ends
-            if self.search.check_every == "token" or lines:
-                rolled = self._rolled.get(id(beam))
-                asked.append((beam, self.prompts.draft(problem.place, rolled) if rolled else beam.draft))
-        return asked
-
-    def _finish(self, problem: Problem, alive: list[Beam]) -> None:
-        """Take in what has ended, of the best continuations."""
-        full = len(alive[0].tokens) == self.search.max_new_tokens
-        for beam in alive[: self.search.num_beams]:
-            if beam.ends or full:
-                draft = beam.draft or self.prompts.draft(problem.place, beam.tokens)
-                viable = beam.ends or not self._judge.checks_ends or self._judge.ended([draft])[0]
-                problem.pool.append(self._hypothesis(problem, beam, viable=viable))
-        kept = sorted([h for h in problem.pool if h.viable], key=lambda h: -h.score)
-        problem.best = kept[: self.search.num_beams]
-
-    def _hypothesis(self, problem: Problem, beam: Beam, *, viable: bool) -> Hypothesis:
-        draft = self.prompts.draft(problem.place, beam.tokens)
-        return Hypothesis(draft, beam.rank, beam.logprob, beam.tokens, beam.ends, viable)
-
-    def _could_improve(self, problem: Problem) -> bool:
-        """Return whether a text under way may yet be better than one that ended, as transformers estimates it."""
-        search = self.search
-        if len(problem.best) < search.num_beams:
+        if self.early_stopping is True:
             return True
-        if search.early_stopping is True:
-            return False
-        forever = search.early_stopping == "never" and search.length_penalty > 0
-        length = search.max_new_tokens if forever else len(problem.beams[0].tokens)
-        per_token = float(length) ** -search.length_penalty
-        best = max(beam.logprob * per_token + search.weight * beam.value for beam in problem.beams)
-        return bool(best > problem.best[-1].score)
+        best = self.running[0]
+        far = self.early_stopping == "never" and self.length_penalty > 0
+        length = self.max_new_tokens if far else len(best.ids)
+        worst = sorted((one.rank for one in self.found), reverse=True)[self.width - 1]
+        return self._worth(best, length) <= worst
+
+    def _worth(self, hypothesis: Hypothesis, length: int) -> float:
+        return self._normalised(hypothesis, length) + self.weight * hypothesis.value
+
+    def _normalised(self, hypothesis: Hypothesis, length: int) -> float:
+        power: float = length**self.length_penalty
+        return hypothesis.logprob / power

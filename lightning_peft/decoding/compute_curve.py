@@ -1,242 +1,271 @@
-"""How right decoders are for the tokens that they spend."""
+"""What accuracy decoders buy with tokens: at equal budgets, with one pool of samples for all that select from one."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
-from torch import nn
+from torch import Tensor
 from tqdm import tqdm
 
-from lightning_peft.budget import Budget, Usage
-from lightning_peft.decoding.draft import Draft, Scorer
-from lightning_peft.decoding.result import DecodeResult, Hypothesis
-from lightning_peft.decoding.sampling import Sample
-from lightning_peft.decoding.selection import Selector
+from lightning_peft.budget import Usage
+from lightning_peft.decoding.draft import Draft
+from lightning_peft.decoding.judge import Judge
+from lightning_peft.decoding.result import Candidate, Decoder
+from lightning_peft.decoding.sample import Sample
 from lightning_peft.reporting import TextTable
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure  # slow to import, seldom needed
+
+Verifier = Callable[[list[Draft]], Any]
+Band = tuple[float, float]
 
 
-class Decoder(Protocol):
-    """Whatever writes texts after prompts."""
+def pass_at_k(n: int, correct: int, k: int) -> float:
+    """Return the chance that at least one of ``k`` of ``n`` texts is right, without bias: ``1 - C(n - c, k) / C(n, k)``.
 
-    def decode(self, model: nn.Module, tokenizer: Any, prompts: Sequence[str]) -> DecodeResult:
-        """Write texts after prompts."""
-        ...
-
-
-def pass_at_k(drawn: int, right: int, k: int) -> float:
-    """Return the chance that one of ``k`` draws is right, given that ``right`` of ``drawn`` were: ``1 - C(n-c, k) / C(n, k)``.
-
-    Unbiased (Chen et al. 2021, arXiv:2107.03374, section 2.1), where "any of the first k" is a noisy draw of the same number.
+    Chen et al. 2021, arXiv:2107.03374, section 2.1.
 
     Raises:
-        ValueError: For ``k`` above ``drawn``.
+        ValueError: Unless ``0 <= correct <= n`` and ``1 <= k <= n``.
 
-    >>> round(pass_at_k(10, 3, 2), 4)
-    0.5333
+    >>> pass_at_k(4, 1, 2)
+    0.5
     """
-    if k > drawn:
-        raise ValueError(f"pass_at_k: k={k} is more than the {drawn} texts that were drawn.")
-    return 1.0 - math.prod((drawn - right - i) / (drawn - i) for i in range(k))
+    if not (0 <= correct <= n and 1 <= k <= n):
+        raise ValueError(f"pass_at_k: n={n}, correct={correct}, k={k} must fulfil 0 <= correct <= n and 1 <= k <= n.")
+    return 1 - math.comb(n - correct, k) / math.comb(n, k)
 
 
 @dataclass(frozen=True)
 class CurvePoint:
-    """One decoder at one budget.
+    """One decoder at one budget, over all prompts.
 
     Args:
         decoder: Its name.
-        budget: Tokens that a prompt might cost.
-        usage: What each prompt did cost.
-        right: Whether the chosen text of each prompt is right.
-        covered: Chance that some text of each prompt's pool is right: of drawn ones unbiased, else 0 or 1.
+        budget: Tokens that each prompt could spend.
+        tokens: Those that were spent, on average.
+        scorer_calls: Questions to scorers, on average.
+        selected: Share of prompts whose chosen text is right.
+        selected_band: 95 % of the bootstrap over prompts.
+        coverage: Share of prompts for which any text found is right; of samples, the unbiased pass@k of as many as the budget
+            allows.
+        coverage_band: As above.
     """
 
     decoder: str
     budget: int
-    usage: tuple[Usage, ...]
-    right: tuple[float, ...]
-    covered: tuple[float, ...]
-
-    @property
-    def tokens(self) -> float:
-        """Mean tokens that a prompt did cost."""
-        return sum(account.tokens for account in self.usage) / len(self.usage)
+    tokens: float
+    scorer_calls: float
+    selected: float
+    selected_band: Band
+    coverage: float
+    coverage_band: Band
 
 
 @dataclass(frozen=True)
 class ComputeCurve:
-    """Accuracy and coverage of decoders against tokens.
+    """Accuracy against tokens.
 
     Args:
-        points: A point for every decoder and budget.
-        seed: Of the resampling.
-        resamples: How often problems are drawn again for an interval.
+        rows: One for each decoder and budget.
+        prompts: Number of prompts.
     """
 
-    points: tuple[CurvePoint, ...]
-    seed: int = 0
-    resamples: int = 2000
+    rows: list[CurvePoint]
+    prompts: int
 
-    def of(self, decoder: str) -> list[CurvePoint]:
-        """Return the points of a decoder, by budget."""
-        return sorted((p for p in self.points if p.decoder == decoder), key=lambda p: p.budget)
-
-    @property
-    def decoders(self) -> list[str]:
-        """The names, in order."""
-        return list(dict.fromkeys(point.decoder for point in self.points))
-
-    def interval(self, values: Sequence[float]) -> tuple[float, float]:
-        """Return the 95 % interval of a mean over problems, by drawing problems again."""
-        rng = np.random.default_rng(self.seed)
-        known = np.asarray(values)
-        means = known[rng.integers(len(known), size=(self.resamples, len(known)))].mean(1)
-        low, high = np.quantile(means, [0.025, 0.975])
-        return float(low), float(high)
-
-    def difference(self, one: str, other: str, budget: int) -> tuple[float, float, float]:
-        """Return by how much one decoder is more often right than another, paired by problem, with its interval."""
-        a, b = (next(p for p in self.points if (p.decoder, p.budget) == (name, budget)) for name in (one, other))
-        gaps = [x - y for x, y in zip(a.right, b.right, strict=True)]
-        return sum(gaps) / len(gaps), *self.interval(gaps)
-
-    def table(self, title: str = "Right answers against tokens") -> TextTable:
-        """Return all points as text."""
-        lines = []
-        for point in self.points:
-            low, high = self.interval(point.right)
-            calls, seconds = (
-                sum(getattr(account, name) for account in point.usage) / len(point.usage)
-                for name in ("scorer_calls", "scorer_seconds")
+    def table(self) -> TextTable:
+        """Return the rows as a table."""
+        lines = [
+            (
+                row.decoder,
+                str(row.budget),
+                f"{row.tokens:.0f}",
+                f"{row.scorer_calls:.0f}",
+                _with_band(row.selected, row.selected_band),
+                _with_band(row.coverage, row.coverage_band),
             )
-            mean = sum(point.right) / len(point.right)
-            covered = sum(point.covered) / len(point.covered)
-            cells = [f"{point.tokens:.0f}", f"{mean:.3f} ({low:.3f} to {high:.3f})", f"{covered:.3f}"]
-            lines.append([point.decoder, str(point.budget), *cells, f"{calls:.0f}", f"{seconds:.2f}"])
-        columns = ["decoder", "budget", "tokens", "right (95 %)", "covered", "scorer calls", "scorer s"]
-        return TextTable(title, columns, lines)
+            for row in self.rows
+        ]
+        columns = ["decoder", "budget", "tokens", "scorer calls", "selected", "coverage"]
+        return TextTable(f"{self.prompts} prompts; in brackets 95 % of the bootstrap over prompts", columns, lines)
 
-    def figure(self, right: str = "right") -> Figure:
-        """Draw accuracy with its band, and coverage as a thin line, against tokens on a logarithmic axis."""
-        from matplotlib.figure import Figure  # noqa: PLC0415 - half a second
+    def figure(self) -> Figure:
+        """Draw selected accuracy (lines) and coverage (dashes) against tokens, with their bands."""
+        from matplotlib.figure import Figure  # noqa: PLC0415 - slow to import, seldom needed
 
-        figure = Figure(figsize=(7.2, 4.4), layout="constrained")
-        axes = figure.subplots()
-        for i, name in enumerate(self.decoders):
-            points = self.of(name)
-            x = [point.tokens for point in points]
-            means = [sum(p.right) / len(p.right) for p in points]
-            bands = [self.interval(p.right) for p in points]
-            axes.plot(x, means, "o-", color=f"C{i}", label=name)
-            axes.fill_between(x, [b[0] for b in bands], [b[1] for b in bands], color=f"C{i}", alpha=0.15, linewidth=0)
-            axes.plot(x, [sum(p.covered) / len(p.covered) for p in points], ":", color=f"C{i}", linewidth=1)
+        figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+        axes = figure.add_subplot()
+        for number, name in enumerate(dict.fromkeys(row.decoder for row in self.rows)):
+            rows = [row for row in self.rows if row.decoder == name]
+            x, color = [row.tokens for row in rows], f"C{number % 10}"
+            axes.plot(x, [row.selected for row in rows], "o-", color=color, markersize=4, label=name)
+            axes.plot(x, [row.coverage for row in rows], "--", color=color, linewidth=1)
+            low, high = zip(*(row.selected_band for row in rows), strict=True)
+            axes.fill_between(x, low, high, color=color, alpha=0.12, linewidth=0)
         axes.set_xscale("log", base=2)
-        axes.set_xlabel("tokens through the model, mean of a prompt")
-        axes.set_ylabel(f"share {right} (dotted: some text of the pool is)")
-        axes.set_ylim(-0.02, 1.02)
-        axes.legend(fontsize="small")
+        axes.set_ylim(0, 1)
+        axes.set_xlabel("tokens for each prompt")
+        axes.set_ylabel("share right: selected (lines), coverage (dashes)")
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
         return figure
 
 
 def compute_curve(
     decoders: Mapping[str, Decoder],
     prompts: Sequence[str],
-    verifier: Scorer,
+    verifier: Verifier,
     budgets: Sequence[int],
     *,
-    model: nn.Module,
+    model: Any,
     tokenizer: Any,
+    resamples: int = 1000,
+    seed: int = 0,
+    cut_counts: bool = False,
 ) -> ComputeCurve:
-    """Measure decoders at equal numbers of tokens.
+    """Measure decoders at equal budgets of tokens.
 
-    Texts are drawn once for each way of drawing, and every selector chooses from the same ones: as many as its budget pays for.
-    Other decoders search anew within each budget, until one is enough for all prompts.
+    A search runs anew under each budget. Of those that select among samples, all with the same sampling share one pool, drawn
+    once; at a budget each sees as many of its first texts as the budget pays for, and at most its ``n``. ``coverage`` is what a
+    perfect selector would reach: where it is far above ``selected``, the selector is at fault. For majority vote give a
+    ``SelfConsistency``.
 
     Args:
         decoders: By name.
-        prompts: The problems.
-        verifier: Says which texts are right: above 0.5.
-        budgets: Tokens that a prompt may cost, its own included.
+        prompts: Texts.
+        verifier: Takes drafts, which know their prompt and its place, and says for each whether it is right.
+        budgets: Most tokens after the prompt, for each prompt.
         model: A causal language model of transformers.
-        tokenizer: Its tokenizer.
+        tokenizer: The model's.
+        resamples: Of the bootstrap over prompts.
+        seed: Of the bootstrap.
+        cut_counts: Whether a text that a limit has cut can be right; else it is wrong without a question.
 
     Raises:
-        ValueError: For budgets that are not whole numbers above 0.
+        ValueError: For no prompt or budget, a budget below 1, or a decoder without a budget.
     """
-    if not budgets or any(not isinstance(b, int) or b < 1 for b in budgets):
-        raise ValueError(f"compute_curve: budgets={budgets!r} must be whole numbers of tokens above 0.")
-    judged = _Verdicts(verifier)
-    pools: dict[Sample, DecodeResult] = {}
-    points = []
-    with tqdm(total=len(decoders) * len(budgets), desc="decoding") as bar:
-        for name, decoder in decoders.items():
-            sample = decoder if isinstance(decoder, Sample) else getattr(decoder, "sample", None)
-            result: DecodeResult | None = None
-            for budget in sorted(budgets):
-                bar.set_postfix_str(f"{name}, {budget}")
-                if isinstance(sample, Sample):
-                    if sample not in pools:
-                        pools[sample] = sample.decode(model, tokenizer, prompts)
-                    selector = decoder if isinstance(decoder, Selector) else None
-                    points.append(_of_pool(name, budget, selector, pools[sample], judged))
-                else:
-                    if result is None or any(result.stopped):
-                        limit = replace(getattr(decoder, "budget", Budget()), max_tokens=budget)
-                        limited: Any = replace(decoder, budget=limit)  # type: ignore[type-var]
-                        result = limited.decode(model, tokenizer, prompts)
-                    points.append(_of_search(name, budget, result, judged))
-                bar.update()
-    return ComputeCurve(tuple(points))
+    if not prompts or not budgets or min(budgets) < 1:
+        raise ValueError(
+            f"compute_curve: {len(prompts)} prompts and budgets={list(budgets)!r}; give prompts, and budgets of at least 1."
+        )
+    measure = _Measure(model, tokenizer, list(prompts), verifier, cut_counts)
+    rows = []
+    for name, decoder in tqdm(decoders.items(), desc="compute curve", leave=False):
+        for budget in sorted(budgets):
+            found = (
+                measure.samples(decoder, budget)
+                if isinstance(decoder, Sample)
+                else measure.search(name, decoder, budget)
+            )
+            rows.append(_point(name, budget, found, (resamples, seed)))
+    return ComputeCurve(rows, len(prompts))
 
 
-class _Verdicts:
-    """A verifier that is asked about each text once."""
+@dataclass
+class _Found:
+    """For each prompt: what was spent, whether the chosen text is right, and the chance that any is."""
 
-    def __init__(self, verifier: Scorer) -> None:
-        self._verifier = verifier
-        self._known: dict[tuple[int, str], bool] = {}
+    usage: list[Usage]
+    selected: list[float]
+    coverage: list[float]
 
-    def __call__(self, drafts: Sequence[Draft]) -> list[bool]:
-        new = list({_key(draft): draft for draft in drafts if _key(draft) not in self._known}.values())
+
+class _Measure:
+    """Runs decoders, remembers pools and verdicts."""
+
+    def __init__(self, model: Any, tokenizer: Any, prompts: list[str], verifier: Verifier, cut_counts: bool) -> None:
+        self.model, self.tokenizer, self.prompts = model, tokenizer, prompts
+        self.verifier, self.cut_counts = verifier, cut_counts
+        self._pools: dict[Sample, list[list[Candidate]]] = {}
+        self._verdicts: dict[tuple[int, str], float] = {}
+
+    def search(self, name: str, decoder: Any, budget: int) -> _Found:
+        if not hasattr(decoder, "budget"):
+            raise ValueError(
+                f"compute_curve: {name!r} is a {type(decoder).__name__} without a budget; it cannot be held to one."
+            )
+        limited = replace(decoder, budget=replace(decoder.budget, max_tokens=budget))
+        result = limited.decode(self.model, self.tokenizer, self.prompts)
+        right = [self.right(pool) for pool in result.pool]
+        return _Found(result.usage, [one[0] for one in right], [max(one) for one in right])
+
+    def samples(self, decoder: Sample, budget: int) -> _Found:
+        usage = [Usage() for _ in self.prompts]
+        judge = Judge(getattr(decoder, "final", None), dict(enumerate(usage)))
+        selected, coverage = [], []
+        for account, pool in zip(usage, self.pool(decoder), strict=True):
+            drawn = pool[: decoder.n]
+            paid = drawn[: _paid(drawn, budget)]
+            account.tokens = sum(one.tokens for one in paid)
+            selected.append(self.right(decoder.select(paid, judge))[0] if paid else 0.0)
+            coverage.append(pass_at_k(len(drawn), int(sum(self.right(drawn))), len(paid)) if paid else 0.0)
+        return _Found(usage, selected, coverage)
+
+    def pool(self, decoder: Sample) -> list[list[Candidate]]:
+        """Return the texts that all decoders with this sampling share; drawn anew only for one that wants more of them."""
+        of = Sample(temperature=decoder.temperature, seed=decoder.seed, max_new_tokens=decoder.max_new_tokens)
+        if of not in self._pools or len(self._pools[of][0]) < decoder.n:
+            # The first texts of a larger pool are those of a smaller one.
+            drawing = replace(of, n=decoder.n, batch_size=decoder.batch_size)
+            self._pools[of] = drawing.draw(self.model, self.tokenizer, self.prompts).pools
+        return self._pools[of]
+
+    def right(self, pool: Sequence[Candidate]) -> list[float]:
+        """Return 1 for each text that is right, else 0."""
+        asked = [one.draft for one in pool if (one.finished or self.cut_counts) and one.viable]
+        new = {(draft.problem, str(draft)): draft for draft in asked}
+        new = {key: draft for key, draft in new.items() if key not in self._verdicts}
         if new:
-            for draft, value in zip(new, torch.as_tensor(self._verifier(new)).tolist(), strict=True):
-                self._known[_key(draft)] = value > 0.5
-        return [self._known[_key(draft)] for draft in drafts]
+            said = self.verifier(list(new.values()))
+            self._verdicts |= {key: float(bool(one)) for key, one in zip(new, said, strict=True)}
+        seen = {(draft.problem, str(draft)) for draft in asked}
+        keys = [(one.draft.problem, str(one.draft)) for one in pool]
+        counts = [(one.finished or self.cut_counts) and one.viable for one in pool]
+        return [self._verdicts[key] if key in seen and count else 0.0 for key, count in zip(keys, counts, strict=True)]
 
 
-def _key(draft: Draft) -> tuple[int, str]:
-    return draft.problem, str(draft)
+def _paid(pool: Sequence[Candidate], budget: int) -> int:
+    """Return how many of the first texts a budget of tokens pays for."""
+    left, count = budget, 0
+    for one in pool:
+        left -= one.tokens
+        if left < 0:
+            break
+        count += 1
+    return count
 
 
-def _of_search(name: str, budget: int, result: DecodeResult, judged: _Verdicts) -> CurvePoint:
-    right = judged(result.drafts)
-    covered = [any(judged([h.draft for h in pool])) for pool in result.pool]
-    return CurvePoint(name, budget, tuple(result.usage), tuple(map(float, right)), tuple(map(float, covered)))
+def _point(name: str, budget: int, found: _Found, bootstrap: tuple[int, int]) -> CurvePoint:
+    selected, coverage = (torch.tensor(values, dtype=torch.float64) for values in (found.selected, found.coverage))
+    return CurvePoint(
+        name,
+        budget,
+        sum(one.tokens for one in found.usage) / len(found.usage),
+        sum(one.scorer_calls for one in found.usage) / len(found.usage),
+        float(selected.mean()),
+        bootstrap_band(selected, *bootstrap),
+        float(coverage.mean()),
+        bootstrap_band(coverage, *bootstrap),
+    )
 
 
-def _of_pool(name: str, budget: int, selector: Selector | None, drawn: DecodeResult, judged: _Verdicts) -> CurvePoint:
-    usage, right, covered = [], [], []
-    for pool, whole in zip(drawn.pool, drawn.usage, strict=True):
-        prompt = whole.tokens - sum(max(len(h.tokens) - 1, 0) for h in pool)
-        bought: list[Hypothesis] = []
-        account = Usage(tokens=prompt)
-        for hypothesis in pool:
-            cost = max(len(hypothesis.tokens) - 1, 0)
-            if account.tokens + cost > budget:
-                break
-            account.tokens += cost
-            bought.append(hypothesis)
-        chosen = (selector.order(bought, account) if selector and bought else bought)[:1]
-        verdicts = judged([h.draft for h in pool])
-        usage.append(account if bought else Usage())
-        right.append(float(any(judged([h.draft for h in chosen]))))
-        covered.append(pass_at_k(len(pool), sum(verdicts), len(bought)))
-    return CurvePoint(name, budget, tuple(usage), tuple(right), tuple(covered))
+def bootstrap_band(values: Tensor, resamples: int = 1000, seed: int = 0) -> Band:
+    """Return the middle 95 % of the mean over resampled values (Efron 1979, the percentile bootstrap).
+
+    >>> bootstrap_band(torch.ones(5, dtype=torch.float64))
+    (1.0, 1.0)
+    """
+    generator = torch.Generator().manual_seed(seed)
+    chosen = torch.randint(len(values), (resamples, len(values)), generator=generator)
+    low, high = values[chosen].mean(1).quantile(torch.tensor([0.025, 0.975], dtype=values.dtype)).tolist()
+    return low, high
+
+
+def _with_band(value: float, band: Band) -> str:
+    return f"{value:.2f} [{band[0]:.2f}, {band[1]:.2f}]"

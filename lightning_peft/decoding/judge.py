@@ -1,102 +1,96 @@
-"""Scorers asked with care: every text once, in one call for all prompts, and on the account of the prompt that asks."""
+"""Scorers as a search asks them: each text once, with an account for each problem."""
 
 from __future__ import annotations
 
+import math
 import time
-from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
-
-from lightning_peft.budget import Usage
+from lightning_peft.budget import Budget, Usage
 from lightning_peft.decoding.draft import Draft, Scorer
 
-_KEPT = 65_536
+Key = tuple[str, int, str]
 
 
 class Judge:
-    """A scorer's answers by text, and what they cost each prompt.
+    """Ask a scorer about texts, and remember what it said.
 
     Args:
-        scorer: The scorer, None for one to which all texts are alike.
-        usage: The accounts of the prompts, by ``Draft.problem`` less ``first``.
-        first: Problem of the first account.
+        scorer: Any callable that takes drafts and returns a value for each; unset, every text is worth 0.
+        usage: An account for each problem, by its number; is added to.
+
+    Raises:
+        ValueError: When asked, if the scorer returns another number of values, or one that is NaN.
     """
 
-    def __init__(self, scorer: Scorer | None, usage: Sequence[Usage], first: int = 0) -> None:
-        self._scorer, self._usage, self._first = scorer, usage, first
-        self._values: OrderedDict[tuple[int, str], float] = OrderedDict()
-        self._ended: OrderedDict[tuple[int, str], bool] = OrderedDict()
-
-    @property
-    def checks_ends(self) -> bool:
-        """Whether the scorer knows where a text may end."""
-        return hasattr(self._scorer, "finished")
-
-    @property
-    def scores(self) -> bool:
-        """Whether there is a scorer."""
-        return self._scorer is not None
-
-    def coming(self, drafts: Sequence[Draft]) -> Usage:
-        """Return what judging some texts would add to an account."""
-        return Usage(scorer_calls=self.unknown(drafts))
-
-    def unknown(self, drafts: Sequence[Draft]) -> int:
-        """Return how many texts the scorer would have to judge."""
-        return 0 if self._scorer is None else len({_key(draft) for draft in drafts} - self._values.keys())
+    def __init__(self, scorer: Scorer | None, usage: Mapping[int, Usage]) -> None:
+        self.scorer, self.usage = scorer, usage
+        self.knows_ends = hasattr(scorer, "finished")
+        self._answers: dict[Key, float] = {}
 
     def values(self, drafts: Sequence[Draft]) -> list[float]:
-        """Return the value of each text.
+        """Return the value of each text; ``-inf`` is a dead one."""
+        return [0.0] * len(drafts) if self.scorer is None else self._ask("value", drafts, self.scorer)
 
-        Raises:
-            ValueError: If the scorer gives another number of values, or one that is no number.
-        """
-        if self._scorer is None:
-            return [0.0] * len(drafts)
-        return self._asked(drafts, self._values, self._scored, calls=1)
+    def finished(self, drafts: Sequence[Draft]) -> list[bool]:
+        """Return whether each text may end where it does; all may if the scorer does not say."""
+        scorer: Any = self.scorer
+        return (
+            [bool(one) for one in self._ask("end", drafts, scorer.finished)]
+            if self.knows_ends
+            else [True] * len(drafts)
+        )
 
-    def ended(self, drafts: Sequence[Draft]) -> list[bool]:
-        """Return whether each text may end where it is; always, for a scorer that does not know.
+    def coming(self, drafts: Sequence[Draft], ends: Sequence[Draft] = ()) -> Usage:
+        """Return what it would cost to ask for the values of texts, and whether some may end."""
+        if self.scorer is None:
+            return Usage()
+        new = {("value", *_place(draft)) for draft in drafts}
+        if self.knows_ends:
+            new |= {("end", *_place(draft)) for draft in ends}
+        return Usage(scorer_calls=len(new - self._answers.keys()))
 
-        A second question about a text is no further call; its time counts.
-        """
-        if not self.checks_ends:
-            return [True] * len(drafts)
-        scorer: Any = self._scorer
-        return self._asked(drafts, self._ended, scorer.finished, calls=0)
-
-    def _scored(self, drafts: list[Draft]) -> list[float]:
-        assert self._scorer is not None
-        values = torch.as_tensor(self._scorer(drafts)).flatten().tolist()
-        if bad := [value for value in values if value != value]:  # noqa: PLR0124 - the test for nan
-            raise ValueError(f"decode: the scorer {self._scorer!r} gives {bad[0]!r}.")
-        return values
-
-    def _asked(
-        self, drafts: Sequence[Draft], known: OrderedDict[Any, Any], ask: Callable[[list[Draft]], Any], *, calls: int
-    ) -> list[Any]:
-        new = list({_key(draft): draft for draft in drafts if _key(draft) not in known}.values())
+    def _ask(self, what: str, drafts: Sequence[Draft], scorer: Callable[[list[Draft]], Any]) -> list[float]:
+        keys: list[Key] = [(what, *_place(draft)) for draft in drafts]
+        new = {key: draft for key, draft in zip(keys, drafts, strict=True) if key not in self._answers}
         for draft in drafts:
-            if _key(draft) in known:
-                self._usage[draft.problem - self._first].cached += calls
-        answers = {_key(draft): known[_key(draft)] for draft in drafts if _key(draft) in known}
+            self.usage[draft.problem].cached += 1
         if new:
-            start = time.perf_counter()
-            found = list(ask(new))
-            each = (time.perf_counter() - start) / len(new)
-            if len(found) != len(new):
-                raise ValueError(f"decode: the scorer {self._scorer!r} gives {len(found)} values for {len(new)} texts.")
-            for draft, value in zip(new, found, strict=True):
-                account = self._usage[draft.problem - self._first]
-                account.scorer_calls += calls
-                account.scorer_seconds += each
-                answers[_key(draft)] = known[_key(draft)] = value
-            while len(known) > _KEPT:
-                known.popitem(last=False)
-        return [answers[_key(draft)] for draft in drafts]
+            self._answer(list(new), list(new.values()), scorer)
+        return [self._answers[key] for key in keys]
+
+    def _answer(self, keys: list[Key], drafts: list[Draft], scorer: Callable[[list[Draft]], Any]) -> None:
+        start = time.perf_counter()
+        said = scorer(drafts)
+        values = [float(one) for one in (said.tolist() if hasattr(said, "tolist") else said)]
+        each = (time.perf_counter() - start) / len(drafts)
+        name = type(scorer).__name__
+        if len(values) != len(drafts):
+            raise ValueError(
+                f"Judge: {name} gave {len(values)} values for {len(drafts)} texts; it must give one for each."
+            )
+        for key, draft, value in zip(keys, drafts, values, strict=True):
+            if math.isnan(value):
+                raise ValueError(f"Judge: {name} gave NaN for {draft.completion!r}; -inf is what a dead text is worth.")
+            self._answers[key] = value
+            account = self.usage[draft.problem]
+            account.scorer_calls, account.cached = account.scorer_calls + 1, account.cached - 1
+            account.scorer_seconds += each
 
 
-def _key(draft: Draft) -> tuple[int, str]:
+def affordable(judge: Judge, drafts: Sequence[Draft], budget: Budget) -> int:
+    """Return how many of the first texts of one problem its budget has room to ask about."""
+    room = 0
+    while room < len(drafts):
+        spent = judge.usage[drafts[0].problem]
+        coming = judge.coming(drafts[: room + 1])
+        if coming.scorer_calls and budget.refuses(spent, coming):
+            break
+        room += 1
+    return room
+
+
+def _place(draft: Draft) -> tuple[int, str]:
+    # The problem counts: two may share a prompt and differ in their tests.
     return draft.problem, str(draft)

@@ -1,73 +1,96 @@
-"""What decoding gives back."""
+"""What a decoder hands back: texts, their scores, what they cost, and every text that was found on the way."""
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 from lightning_peft.budget import Usage
 from lightning_peft.decoding.draft import Draft
 
 
 @dataclass(frozen=True)
-class Hypothesis:
-    """One text that a decoder has written.
+class Candidate:
+    """One text that was written after a prompt.
 
     Args:
-        draft: Prompt and what was written after it.
-        score: What it is ranked by.
-        logprob: Summed log-probability of what was written.
-        tokens: What was written, the end token included.
-        finished: Whether it ended by itself: neither cut by length nor by a budget.
-        viable: Whether every scorer let it pass.
-        final: What the final scorer gave it, None where it was not asked.
+        draft: Prompt and text.
+        score: What it was ranked by: the final scorer's value where it gave one, else the decoder's own.
+        logprob: Sum of its tokens' log-probabilities under the model, the end's included.
+        finished: Whether it ended by itself; else it was cut by a limit or is dead.
+        viable: Whether no scorer has ruled it out.
+        ids: Its tokens, the end's included.
+        judged: Whether ``score`` is the final scorer's.
     """
 
     draft: Draft
     score: float
     logprob: float
-    tokens: tuple[int, ...]
     finished: bool
-    viable: bool = True
-    final: float | None = None
+    viable: bool
+    ids: tuple[int, ...]
+    judged: bool = False
+
+    @property
+    def text(self) -> str:
+        """What was written, without the prompt."""
+        return self.draft.completion
+
+    def scored(self, score: float) -> Candidate:
+        """Return it with another score."""
+        return replace(self, score=score)
+
+    @property
+    def tokens(self) -> int:
+        """Positions that went through the model for it: its last token did not have to."""
+        return max(0, len(self.ids) - 1)
 
 
-@dataclass
+@dataclass(frozen=True)
 class DecodeResult:
-    """What a decoder wrote after some prompts.
+    """What was found for each prompt.
 
     Args:
-        texts: The best text after each prompt, without the prompt.
-        scores: What it was ranked by.
-        usage: What was spent on each prompt: tokens through the model, the prompt's included, without the padding that its
-            neighbours cause; forwards that it took part in; texts that a scorer had to judge, and how long that took.
-        pool: All texts of each prompt that were weighed against each other, best first.
-        stopped: The limit that ended the search of each prompt, None where it came to its end.
+        texts: The best text of each prompt, without the prompt.
+        scores: Its score.
+        usage: What each prompt has cost. ``tokens`` are rows times forwards after the prompt, ``prompt_tokens`` the prompt's
+            positions with padding, ``scorer_calls`` questions to scorers, ``cached`` those answered from memory; ``seconds``
+            are shared evenly by the prompts of a step.
+        pool: All candidates of each prompt, best first.
+        stopped: The limit of the budget that stopped each prompt's search; None where it ended by itself.
+        num_return: How many of each pool are asked for.
     """
 
     texts: list[str]
     scores: list[float]
     usage: list[Usage]
-    pool: list[list[Hypothesis]]
-    stopped: list[str | None] = field(default_factory=list)
+    pool: list[list[Candidate]]
+    stopped: list[str | None]
+    num_return: int = 1
 
     @property
-    def drafts(self) -> list[Draft]:
-        """The best text after each prompt, with the prompt; the empty one where there is none."""
-        return [found[0].draft for found in self.pool]
+    def best(self) -> list[Candidate]:
+        """The best candidate of each prompt."""
+        return [pool[0] for pool in self.pool]
 
     @property
-    def total(self) -> Usage:
-        """What was spent in all; a forward that several prompts share counts for each."""
-        return sum(self.usage, Usage())
+    def n_best(self) -> list[list[Candidate]]:
+        """The ``num_return`` best candidates of each prompt, or as many as there are."""
+        return [pool[: self.num_return] for pool in self.pool]
 
 
-def best_first(pool: list[Hypothesis]) -> list[Hypothesis]:
-    """Return hypotheses in order: viable ones first, then by what the final scorer gave, then by score."""
-    return sorted(pool, key=lambda h: (not h.viable, -(-math.inf if h.final is None else h.final), -h.score))
+class Decoder(Protocol):
+    """Anything that writes texts after prompts."""
+
+    def decode(self, model: Any, tokenizer: Any, prompts: Sequence[str]) -> DecodeResult:
+        """Return texts, their scores and what they cost."""
+        ...
 
 
-def result_of(pool: list[list[Hypothesis]], usage: list[Usage], stopped: list[str | None]) -> DecodeResult:
-    """Return the result whose texts are the first of each pool."""
-    scores = [p[0].score if p[0].final is None else p[0].final for p in pool]
-    return DecodeResult([p[0].draft.completion for p in pool], scores, usage, pool, stopped)
+def result_of(
+    pools: list[list[Candidate]], usage: list[Usage], stopped: list[str | None], num_return: int = 1
+) -> DecodeResult:
+    """Return pools, best first, as a result."""
+    best = [pool[0] for pool in pools]
+    return DecodeResult([one.text for one in best], [one.score for one in best], usage, pools, stopped, num_return)

@@ -1,90 +1,106 @@
-"""Rows of a causal language model that grow token by token, in its key-value cache."""
+"""The rows of a batch that a causal language model goes on with, and what they cost."""
 
 from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from lightning_peft.budget import Usage
 
 
+@dataclass
 class Rows:
-    """Texts under way: what the model has seen of each, and the log-probabilities of what comes next.
+    """Texts that grow by one token a forward, with the keys and values of what stands there already.
+
+    A prompt is read once, however many rows go on from it; rows that have ended leave the batch. Every forward is on the
+    account of each problem that has a row in it, every position on that of its row's problem: the prompt's, padding included, as
+    ``prompt_tokens``, later ones as ``tokens``.
 
     Args:
         model: A causal language model of transformers.
-        input_ids: Prompts, padded on the left, ``(rows, tokens)``.
-        attention_mask: 1 where there is a token, 0 where there is padding.
-
-    The prompts go through the model at once, without being repeated for the beams that will follow.
+        usage: An account for each problem; is added to.
     """
 
-    def __init__(self, model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> None:
-        self._model = model
-        accepted = inspect.signature(model.forward).parameters
-        self._fixed: dict[str, Any] = {"use_cache": True, "return_dict": True}
-        if "logits_to_keep" in accepted:
-            self._fixed["logits_to_keep"] = 1
-        self._positions = "position_ids" in accepted
-        self._mask, self._cache = attention_mask, None
-        self._feed(input_ids)
+    model: Any
+    usage: Sequence[Usage]
 
-    def __len__(self) -> int:
-        return len(self._mask)
+    def __post_init__(self) -> None:
+        """Find out what the model's forward takes."""
+        if getattr(self.model.config, "is_encoder_decoder", False):
+            raise TypeError(f"Rows: {type(self.model).__name__} is an encoder and a decoder; give a decoder alone.")
+        # A compiled network would be compiled anew for every length, and hides what it takes.
+        self.model = getattr(self.model, "_orig_mod", self.model)
+        taken = inspect.signature(self.model.forward).parameters
+        self._takes_positions = "position_ids" in taken
+        self._options: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in taken else {}
+        self.owners: list[int] = []
+        self._cache: Any = None
+        self._mask: Tensor | None = None
+        self._next = torch.empty(0, dtype=torch.long)
 
-    @property
-    def width(self) -> int:
-        """Positions of each row so far, padding included."""
-        return self._mask.shape[1]
+    def start(self, ids: Tensor, mask: Tensor, owners: Sequence[int]) -> Tensor:
+        """Read prompts.
 
-    def _feed(self, tokens: Tensor) -> None:
-        given: dict[str, Any] = {"input_ids": tokens, "attention_mask": self._mask, "past_key_values": self._cache}
-        if self._positions:
-            given["position_ids"] = (self._mask.cumsum(1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
-        output = self._model(**given, **self._fixed)
-        if output.past_key_values is None:
-            raise ValueError(
-                f"decoding: {type(self._model).__name__} returns no past_key_values; a search needs its cache."
+        Args:
+            ids: ``(prompts, tokens)``, padded on the left.
+            mask: 1 where there is a token, else 0.
+            owners: The problem of each prompt.
+
+        Returns:
+            Logits of the first new token, ``(prompts, vocabulary)``.
+        """
+        self.owners, self._next = list(owners), mask.sum(1)
+        # Without padding there is no mask: attention is then causal by itself, which is faster.
+        self._mask = None if bool(mask.all()) else mask
+        for owner in owners:
+            self.usage[owner].prompt_tokens += ids.shape[1]
+        return self._forward(ids, (mask.cumsum(1) - 1).clamp(min=0))
+
+    def step(self, tokens: Tensor) -> Tensor:
+        """Append a token to each row: ``(rows,)``; return logits of the next one, ``(rows, vocabulary)``."""
+        for owner in self.owners:
+            self.usage[owner].tokens += 1
+        positions, self._next = self._next[:, None], self._next + 1
+        if self._mask is not None:
+            self._mask = torch.cat([self._mask, self._mask.new_ones(len(self._mask), 1)], 1)
+        return self._forward(tokens[:, None], positions)
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Go on with these rows, in this order; one that is named twice goes on twice."""
+        if list(rows) == list(range(len(self.owners))):
+            return  # most steps of a search change nothing, and moving a cache costs as much as reading it
+        index = torch.tensor(rows, device=self._next.device)
+        if not hasattr(self._cache, "reorder_cache"):
+            raise TypeError(
+                f"Rows: {type(self.model).__name__} keeps its past as {type(self._cache).__name__}, whose rows cannot be chosen; "
+                "a search needs a cache of keys and values."
             )
-        self._cache = output.past_key_values
-        self.log_probabilities = output.logits[:, -1].float().log_softmax(-1)
-        """Of the next token, ``(rows, vocabulary)``."""
+        self._cache.reorder_cache(index)
+        self.owners = [self.owners[row] for row in rows]
+        self._next = self._next[index]
+        self._mask = None if self._mask is None else self._mask[index]
 
-    def keep(self, parents: Sequence[int]) -> None:
-        """Go on with copies of some rows, in the order given; a row may be named often, or not at all."""
-        if list(parents) == list(range(len(self))):
-            return
-        index = torch.tensor(parents, device=self._mask.device)
-        self._mask = self._mask[index]
-        self.log_probabilities = self.log_probabilities[index]
-        cache: Any = self._cache
-        cache.batch_select_indices(index)
-
-    def append(self, tokens: Sequence[int]) -> None:
-        """Let every row go on by one token, in one forward."""
-        column = torch.tensor(tokens, device=self._mask.device)[:, None]
-        self._mask = torch.cat([self._mask, torch.ones_like(column)], 1)
-        self._feed(column)
-
-    def fork(self) -> Rows:
-        """Return an independent copy."""
+    def fork(self, rows: Sequence[int]) -> Rows:
+        """Return a copy that goes on with these rows while this one stays."""
         other = copy.copy(self)
         other._cache = copy.deepcopy(self._cache)
+        other.keep(rows)
         return other
 
-
-@contextmanager
-def reading(model: nn.Module) -> Iterator[None]:
-    """Run a model in eval mode without gradients, and leave it as it was."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training
+    def _forward(self, ids: Tensor, positions: Tensor) -> Tensor:
+        for owner in Counter(self.owners):
+            self.usage[owner].forwards += 1
+        where = {"position_ids": positions} if self._takes_positions else {}
+        out = self.model(
+            ids, attention_mask=self._mask, past_key_values=self._cache, use_cache=True, **where, **self._options
+        )
+        self._cache = out.past_key_values
+        logits: Tensor = out.logits[:, -1].float()
+        return logits

@@ -1,130 +1,115 @@
-"""Choosing one of several drawn texts: by a score, by the vote of the texts, or by what they have in common."""
+"""Draw several texts and keep one: the likeliest, the best by a scorer, what most agree on."""
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
 
-from torch import nn
+from typing_extensions import override
 
-from lightning_peft.budget import Usage
 from lightning_peft.decoding.draft import Draft, Scorer
 from lightning_peft.decoding.judge import Judge
-from lightning_peft.decoding.result import DecodeResult, Hypothesis, best_first, result_of
-from lightning_peft.decoding.sampling import Sample
+from lightning_peft.decoding.picking import judged_by
+from lightning_peft.decoding.result import Candidate
+from lightning_peft.decoding.sample import Sample
 
 
-@runtime_checkable
-class Selector(Protocol):
-    """A decoder that chooses from a pool that ``sample`` draws; several can so share one pool."""
-
-    @property
-    def sample(self) -> Sample:
-        """How the pool is drawn."""
-        ...
-
-    def order(self, pool: Sequence[Hypothesis], usage: Usage) -> list[Hypothesis]:
-        """Return the texts of one prompt, the chosen one first, and book what choosing cost."""
-        ...
-
-
-@dataclass(frozen=True)
-class BestOfN:
-    """Draw ``n`` texts and take the one with the highest score.
-
-    **The trap:** a scorer that errs is led astray the further, the more texts it may choose from.
+@dataclass(frozen=True, kw_only=True)
+class BestOfN(Sample):
+    """Draw texts and return the best by a scorer; without one, the likeliest by the mean log-probability of its tokens.
 
     Args:
-        sample: How to draw.
-        final: What to choose by; None for the log-probability of a token.
+        n: Texts of each prompt.
+        final: Judges texts that have ended.
+        temperature: As in :class:`Sample`, like all others.
+        seed: See there.
+        max_new_tokens: See there.
+        budget: See there.
+        batch_size: See there.
     """
 
-    sample: Sample
+    n: int = 8
     final: Scorer | None = None
 
-    def decode(self, model: nn.Module, tokenizer: Any, prompts: Sequence[str]) -> DecodeResult:
-        """Draw and choose; see :class:`DecodeResult`."""
-        return chosen(self, self.sample.decode(model, tokenizer, prompts))
-
-    def order(self, pool: Sequence[Hypothesis], usage: Usage) -> list[Hypothesis]:
-        """Return the texts of one prompt by score."""
-        if self.final is None:
-            return best_first([replace(h, score=h.logprob / max(len(h.tokens), 1), final=None) for h in pool])
-        problem = pool[0].draft.problem
-        values = Judge(self.final, [usage], problem).values([h.draft for h in pool])
-        return best_first([replace(h, final=value) for h, value in zip(pool, values, strict=True)])
+    @override
+    def select(self, pool: list[Candidate], judge: Judge) -> list[Candidate]:
+        likely = sorted(pool, key=lambda one: (one.finished, one.score), reverse=True)
+        return likely if judge.scorer is None else judged_by(judge, likely, self.budget)
 
 
-@dataclass(frozen=True)
-class SelfConsistency:
-    """Draw ``n`` texts and take the answer that most of them give.
-
-    Wang et al. 2023, arXiv:2203.11171. A tie goes to the answer that was drawn first.
-
-    Args:
-        sample: How to draw.
-        extract: The answer that a text gives, None for a text without one, which has no vote.
-    """
-
-    sample: Sample
-    extract: Callable[[Draft], Hashable | None]
-
-    def decode(self, model: nn.Module, tokenizer: Any, prompts: Sequence[str]) -> DecodeResult:
-        """Draw and let the texts vote; see :class:`DecodeResult`."""
-        return chosen(self, self.sample.decode(model, tokenizer, prompts))
-
-    def order(self, pool: Sequence[Hypothesis], usage: Usage) -> list[Hypothesis]:
-        """Return the texts of one prompt by the share of the votes that their answer has."""
-        answers = [self.extract(h.draft) for h in pool]
-        votes = Counter(answer for answer in answers if answer is not None)
-        return best_first([replace(h, final=votes[a] / len(pool)) for h, a in zip(pool, answers, strict=True)])
+def completion_of(draft: Draft) -> Hashable:
+    """Return the text itself, without blanks at its ends, as an answer to vote on."""
+    return draft.completion.strip()
 
 
-@dataclass(frozen=True)
-class MBR:
-    """Draw ``n`` texts and take the one that is most like the others: minimum Bayes risk.
+@dataclass(frozen=True, kw_only=True)
+class SelfConsistency(Sample):
+    """Draw texts and return one with the answer that most of them give (Wang et al. 2022, arXiv:2203.11171).
 
-    ``argmax_a mean_b utility(a, b)`` over the pool without ``a`` itself (Eikema and Aziz 2020, arXiv:2005.10283).
+    Texts that were cut have no vote unless all were; of two answers with as many votes, the one that was drawn first wins. The
+    score is the answer's share of the votes.
 
     Args:
-        sample: How to draw.
-        utility: How good the first text is if the second is right; unset, the F1 of their words.
+        n: Texts of each prompt.
+        extract: Takes a draft and returns its answer; None has no vote.
+        temperature: As in :class:`Sample`, like all others.
+        seed: See there.
+        max_new_tokens: See there.
+        budget: See there.
+        batch_size: See there.
     """
 
-    sample: Sample
-    utility: Callable[[str, str], float] | None = None
+    n: int = 8
+    extract: Callable[[Draft], Hashable | None] = completion_of
 
-    def decode(self, model: nn.Module, tokenizer: Any, prompts: Sequence[str]) -> DecodeResult:
-        """Draw and compare; see :class:`DecodeResult`."""
-        return chosen(self, self.sample.decode(model, tokenizer, prompts))
-
-    def order(self, pool: Sequence[Hypothesis], usage: Usage) -> list[Hypothesis]:
-        """Return the texts of one prompt by their mean utility."""
-        utility = self.utility or word_f1
-        texts = [h.draft.completion for h in pool]
-        means = [
-            sum(utility(a, b) for j, b in enumerate(texts) if j != i) / max(len(texts) - 1, 1)
-            for i, a in enumerate(texts)
-        ]
-        return best_first([replace(h, final=mean) for h, mean in zip(pool, means, strict=True)])
+    @override
+    def select(self, pool: list[Candidate], judge: Judge) -> list[Candidate]:
+        voters = [one for one in pool if one.finished] or pool
+        answers = {id(one): self.extract(one.draft) for one in voters}
+        votes = Counter(answer for answer in answers.values() if answer is not None)
+        share = {key: votes[answer] / max(1, votes.total()) for key, answer in answers.items()}
+        return sorted((one.scored(share.get(id(one), 0.0)) for one in pool), key=lambda one: -one.score)
 
 
-def chosen(selector: Selector, drawn: DecodeResult) -> DecodeResult:
-    """Return what a selector makes of a pool that was drawn."""
-    usage = [replace(account) for account in drawn.usage]
-    pool = [selector.order(texts, account) for texts, account in zip(drawn.pool, usage, strict=True)]
-    return result_of(pool, usage, drawn.stopped)
+def word_f1(text: str, other: str) -> float:
+    """Return the F1 of the words that two texts share, each as often as in both; 1 for two without a word.
 
-
-def word_f1(one: str, other: str) -> float:
-    """Return the F1 of two texts' words, counted with repetitions.
-
-    >>> word_f1("a b b", "b b c d")
+    >>> word_f1("a cat sat", "the cat sat down")
     0.5714285714285714
     """
-    a, b = Counter(one.split()), Counter(other.split())
-    if not a or not b:
-        return float(a == b)
-    return 2 * (a & b).total() / (a.total() + b.total())
+    mine, theirs = Counter(re.findall(r"\w+", text)), Counter(re.findall(r"\w+", other))
+    if not mine and not theirs:
+        return 1.0
+    return 2 * (mine & theirs).total() / (mine.total() + theirs.total())
+
+
+@dataclass(frozen=True, kw_only=True)
+class MBR(Sample):
+    """Draw texts and return the one that is most like the others: minimum Bayes risk (Eikema & Aziz 2020, arXiv:2005.10283).
+
+    The score of a text is its mean utility against the other ones; what was cut neither counts nor wins unless all were.
+
+    Args:
+        n: Texts of each prompt.
+        utility: Takes a text and another that it is compared with; higher is more alike.
+        temperature: As in :class:`Sample`, like all others.
+        seed: See there.
+        max_new_tokens: See there.
+        budget: See there.
+        batch_size: See there.
+    """
+
+    n: int = 8
+    utility: Callable[[str, str], float] = word_f1
+
+    @override
+    def select(self, pool: list[Candidate], judge: Judge) -> list[Candidate]:
+        voters = [one for one in pool if one.finished] or pool
+        scored = []
+        for place, one in enumerate(voters):
+            against = [self.utility(one.text, other.text) for at, other in enumerate(voters) if at != place]
+            scored.append(one.scored(sum(against) / max(1, len(against))))
+        voted = {id(one) for one in voters}
+        return sorted(scored, key=lambda one: -one.score) + [one for one in pool if id(one) not in voted]

@@ -40,7 +40,7 @@ def test_what_is_logged_is_what_decoding_gives(fit):
     for name, decoder in callback.decoders.items():
         for which, row in ((before, callback.history[0]), (module, callback.history[-1])):
             result = decoder.decode(which.lm, Numbers(), PROMPTS)
-            assert row[f"decoding/{name}_right"] == pytest.approx(even(result.drafts).mean().item())
+            assert row[f"decoding/{name}_right"] == pytest.approx(even([c.draft for c in result.best]).mean().item())
             covered = [even([h.draft for h in pool]).max().item() for pool in result.pool]
             assert row[f"decoding/{name}_covered"] == pytest.approx(sum(covered) / 3)
             assert row[f"decoding/{name}_tokens"] == pytest.approx(sum(a.tokens for a in result.usage) / 3)

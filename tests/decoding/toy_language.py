@@ -1,11 +1,9 @@
-"""A tiny random language model whose tokens are numbers, and one whose every probability is known."""
+"""A tiny random language model whose tokens are numbers, and a module that trains it."""
 
 import lightning.pytorch as pl
 import torch
 from torch.utils.data import DataLoader
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
-from transformers.cache_utils import DynamicCache
-from transformers.modeling_outputs import CausalLMOutputWithPast
 
 END = 1
 
@@ -21,20 +19,8 @@ class Numbers:
     def decode(self, ids, **_):
         return "".join(f"{int(i)} " for i in ids if int(i) not in (0, END))
 
-
-class Letters:
-    """A tokenizer of single characters; token 0 is padding, 1 the end."""
-
-    eos_token_id, pad_token_id = END, 0
-
-    def __init__(self, alphabet):
-        self.alphabet = alphabet
-
-    def __call__(self, text):
-        return {"input_ids": [self.alphabet.index(letter) + 2 for letter in text]}
-
-    def decode(self, ids, **_):
-        return "".join(self.alphabet[int(i) - 2] for i in ids if int(i) > END)
+    def batch_decode(self, rows, **_):
+        return [self.decode(row) for row in rows]
 
 
 def random_model(kind="llama", seed=0, vocabulary=40):
@@ -51,23 +37,6 @@ def random_model(kind="llama", seed=0, vocabulary=40):
                 parameter.mul_(4)  # opinions strong enough for texts to end
     model.generation_config.eos_token_id, model.generation_config.pad_token_id = END, 0
     return model.eval()
-
-
-class Table(torch.nn.Module):
-    """A model that reads the last token only: a table of probabilities, ``(vocabulary, vocabulary)``. It counts its work."""
-
-    def __init__(self, probabilities):
-        super().__init__()
-        self.logits = torch.nn.Parameter(torch.as_tensor(probabilities).log())
-        self.forwards = self.positions = 0
-
-    def forward(self, input_ids, attention_mask=None, past_key_values=None, use_cache=True, return_dict=True):
-        self.forwards += 1
-        self.positions += int(attention_mask[:, -input_ids.shape[1] :].sum())  # without padding
-        cache = DynamicCache() if past_key_values is None else past_key_values
-        cache.update(input_ids[:, None, :, None].float(), input_ids[:, None, :, None].float(), 0)
-        assert cache.get_seq_length() == attention_mask.shape[1]
-        return CausalLMOutputWithPast(logits=self.logits[input_ids], past_key_values=cache)
 
 
 class Writer(pl.LightningModule):

@@ -1,59 +1,47 @@
-"""Whether a text can still become a match of a pattern."""
+"""Whether a text can still become a match of a regular expression."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor
+from typing_extensions import override
 
-from lightning_peft.decoding.draft import Draft
-from lightning_peft.decoding.scorers.reading import Reads, checked, read
+from lightning_peft.decoding.scorers.text_scorer import PrefixScorer, Reads
 
 
-@dataclass(frozen=True)
-class RegexViability:
-    r"""A partial scorer: 0 for what can still become a full match, ``-inf`` for the rest; a text may end when it is one.
+class RegexViability(PrefixScorer):
+    r"""Kill texts that can no longer become a full match of a pattern.
+
+    Uses the partial matching of the package ``regex``, which comes with transformers.
 
     Args:
-        pattern: A pattern of the ``regex`` package, which transformers brings; its partial matching decides.
-        reads: Judge the completion alone, or prompt and completion.
+        pattern: In the syntax of ``regex``, a superset of that of ``re``. The whole text must match in the end.
+        reads: ``"completion"`` judges what was written alone.
+        cache_size: How many answers are remembered.
 
     Raises:
-        ValueError: For a pattern that is none.
+        ValueError: If the pattern is none.
+        ImportError: Without the package ``regex``.
 
-    >>> dates = RegexViability(r"\d{4}-\d\d")
-    >>> dates(["20", "2024-1", "24-"]).tolist(), dates.finished(["2024-1", "2024-12"])
-    ([0.0, 0.0, -inf], [False, True])
+    >>> scorer = RegexViability(r"\d{4}-\d{2}-\d{2}")
+    >>> scorer(["2026-1", "2026-x", ""]), scorer.finished(["2026-1", "2026-11-27"])
+    (tensor([0., -inf, 0.]), [False, True])
     """
 
-    pattern: str
-    reads: Reads = "completion"
+    def __init__(self, pattern: str, *, reads: Reads = "completion", cache_size: int = 65_536) -> None:
+        super().__init__(reads=reads, cache_size=cache_size)
+        import regex  # noqa: PLC0415 - comes with transformers, is needed here alone
 
-    def __post_init__(self) -> None:
-        """Check the settings."""
-        checked(self.reads, "RegexViability")
-        import regex  # noqa: PLC0415
-
+        self.pattern = pattern
         try:
-            regex.compile(self.pattern)
+            self._matcher: Any = regex.compile(pattern)
         except regex.error as error:
-            raise ValueError(f"RegexViability: pattern={self.pattern!r} is none: {error}.") from error
+            raise ValueError(f"RegexViability: {pattern!r} is no regular expression: {error}.") from error
 
-    def __call__(self, texts: list[Draft]) -> Tensor:
-        """Return 0 or ``-inf`` for each text."""
-        return torch.tensor(
-            [-math.inf if self._match(text, partial=True) is None else 0.0 for text in read(texts, self.reads)]
-        )
+    @override
+    def can_continue(self, text: str) -> bool:
+        return self._matcher.fullmatch(text, partial=True) is not None
 
-    def finished(self, texts: Sequence[Draft]) -> list[bool]:
-        """Return whether each text is a full match."""
-        return [self._match(text, partial=False) is not None for text in read(texts, self.reads)]
-
-    def _match(self, text: str, *, partial: bool) -> Any:
-        import regex  # noqa: PLC0415
-
-        return regex.fullmatch(self.pattern, text, partial=partial)
+    @override
+    def is_complete(self, text: str) -> bool:
+        return self._matcher.fullmatch(text) is not None

@@ -1,131 +1,105 @@
-"""Programs run against their tests behind a wall: never inside this process."""
+"""Whether programs pass their tests."""
 
 from __future__ import annotations
 
-import functools
-import json
-import subprocess
-import sys
-import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from lightning_peft.decoding.draft import Draft
-
-Isolation = Literal["auto", "namespaces", "landlock", "none"]
-_JAIL = Path(__file__).with_name("jail.py")
-_WALLS = ("namespaces", "landlock")
+from lightning_peft.decoding.scorers.sandbox import Isolation, Outcome, chosen_isolation, run_program
+from lightning_peft.decoding.scorers.text_scorer import Reads, TextScorer
 
 
-@dataclass(frozen=True)
-class RunReport:
-    """How a program went.
+class RunsTests(TextScorer):
+    """Run each program with the tests of its problem, shut in: 1 for one that passes them, else 0.
 
-    Args:
-        kind: ``passed``; ``failed`` (an exception, of a test or before); ``timeout``; ``memory``; ``exited`` before its tests
-            ended; ``killed`` by a signal.
-        detail: More, as the exception's text.
-    """
+    A process of its own runs the program, then each test in what the program has defined, under limits of time, memory, file
+    size and processes. What else it may do depends on ``isolation``. All processes that it leaves behind are ended.
 
-    kind: str
-    detail: str = ""
-
-
-@dataclass
-class RunsTests:
-    """A final scorer: 1 for a program that passes its tests, 0 for another.
-
-    A program is prompt, completion and tests in one text. It runs in a process of its own with limits on time and memory, on an
-    empty folder, without network, other files or other processes: behind user namespaces where the kernel has them for everyone,
-    else behind Landlock (Linux 6.7; files and TCP, but neither UDP nor the modes of files, which Python alone then refuses). Where
-    there is neither, it refuses to run anything.
-
-    **The trap:** the wall is for the machine. A program that looks through the frames of its own process can find the word that
-    means success; what a model writes by chance does not, but do not train on this score without looking at what passes.
+    **The trap**: program and tests share a process. One that ends itself early, writes to every open file or patches builtins is
+    not taken for passed; one that walks through the harness's frames, or returns what equals everything, can be.
 
     Args:
-        tests: Code that follows the program, by problem: a list by ``Draft.problem``, or a function of the draft.
-        timeout: Seconds that a program may take, start included.
-        memory: Bytes that it may take.
-        isolation: ``"auto"`` for the best wall there is, ``"none"`` to run without one.
-        workers: Programs at once.
+        tests: For each problem (``Draft.problem``) its tests: one source, or several. A plain string is of problem 0.
+        timeout: Seconds for a program with all its tests.
+        memory: Bytes of address space.
+        isolation: ``"namespaces"``: own users, processes, mounts and network; of the files, Python and the system's libraries,
+            read-only. ``"landlock"``: those files and one empty folder to write in, no network, by Landlock and a seccomp
+            filter. ``"auto"``: the first of the two that is to be had. ``"none"``: the limits alone, so that a program may do
+            all that the user may.
+        share: Give the share of tests passed instead of 1 or 0.
+        workers: Programs that run at once.
+        reads: ``"whole"`` runs prompt and completion.
+        cache_size: How many outcomes are remembered.
 
     Raises:
-        RuntimeError: Where no wall is to be had, when the first program shall run.
+        ValueError: For numbers below their least, an unknown isolation, or a draft of a problem that has no tests.
+        RuntimeError: If the isolation is not to be had here.
+
+    >>> scorer = RunsTests([["assert double(2) == 4", "assert double(3) == 6"]], share=True, isolation="none")
+    >>> scorer(["def double(x): return 2 * x", "def double(x): return x ** 2"])
+    tensor([1.0000, 0.5000])
     """
 
-    tests: Sequence[str] | Callable[[Draft], str]
-    timeout: float = 5.0
-    memory: int = 1 << 30
-    isolation: Isolation = "auto"
-    workers: int = 2
-
-    def __post_init__(self) -> None:
-        """Check the settings."""
-        if self.isolation not in ("auto", *_WALLS, "none"):
+    def __init__(
+        self,
+        tests: Sequence[str | Sequence[str]],
+        *,
+        timeout: float = 3.0,
+        memory: int = 512 << 20,
+        isolation: Isolation = "auto",
+        share: bool = False,
+        workers: int = 1,
+        reads: Reads = "whole",
+        cache_size: int = 65_536,
+    ) -> None:
+        super().__init__(reads=reads, cache_size=cache_size)
+        if isinstance(tests, str):
+            raise ValueError(f"RunsTests: tests={tests!r} is one source. Give a list: for each problem its tests.")
+        if timeout <= 0 or memory < 64 << 20 or workers < 1:
             raise ValueError(
-                f"RunsTests: isolation={self.isolation!r} must be 'auto', 'namespaces', 'landlock' or 'none'."
+                f"RunsTests: timeout={timeout!r} must be above 0, memory={memory!r} at least {64 << 20} (Python alone "
+                f"needs some), workers={workers!r} at least 1."
             )
-        if not self.timeout > 0 or self.memory < 1 << 26 or self.workers < 1:
-            raise ValueError(
-                f"RunsTests: timeout={self.timeout!r} must be above 0, memory={self.memory!r} at least 64 MiB, "
-                f"workers={self.workers!r} at least 1."
-            )
+        self.tests = [[one] if isinstance(one, str) else list(one) for one in tests]
+        self.timeout = timeout
+        self.memory = memory
+        self.isolation = chosen_isolation(isolation)
+        self.share = share
+        self.workers = workers
 
-    def __call__(self, texts: list[Draft]) -> Tensor:
-        """Return 1 for each program that passes, 0 for the others."""
-        return torch.tensor([float(report.kind == "passed") for report in self.reports(texts)])
+    def __call__(self, texts: Sequence[str]) -> Tensor:
+        """Return 1 or 0, or the share of tests passed, for each text: ``(texts,)``."""
+        found = self.outcomes(texts)
+        shares = [one.passed / max(one.tests, 1) for one in found]
+        passed = [float(one.kind == "passed") for one in found]
+        return torch.tensor(shares if self.share else passed)
 
-    def reports(self, texts: list[Draft]) -> list[RunReport]:
-        """Run programs and say how each went."""
-        wall = self._wall()
+    def outcomes(self, texts: Sequence[str]) -> list[Outcome]:
+        """Return what became of each program."""
+        jobs = [(self.part(text), self._problem(text)) for text in texts]
+        new = [job for job in dict.fromkeys(jobs) if job not in self.answers]
         with ThreadPoolExecutor(self.workers) as pool:
-            return list(pool.map(lambda text: self._run(f"{text}\n{self._tests_of(text)}\n", wall), texts))
+            found = dict(zip(new, pool.map(self._run, new), strict=True))
+        return [self.answers.ask(job, partial(self._found, found, job)) for job in jobs]
 
-    def _tests_of(self, text: Draft) -> str:
-        return self.tests(text) if callable(self.tests) else self.tests[text.problem]
+    def _found(self, found: dict[tuple[str, int], Outcome], job: tuple[str, int]) -> Outcome:
+        return found[job] if job in found else self._run(job)
 
-    def _wall(self) -> str:
-        if self.isolation == "none":
-            return "none"
-        for wall in _WALLS if self.isolation == "auto" else (self.isolation,):
-            if (report := _tried(wall)).kind == "passed":
-                return wall
-        raise RuntimeError(
-            f"RunsTests: isolation={self.isolation!r} cannot be had here ({report.detail or report.kind}). Programs that a model "
-            "wrote run only behind user namespaces or Landlock 4. Run on a Linux that has them, or give isolation='none' where the "
-            "whole machine is expendable."
+    def _run(self, job: tuple[str, int]) -> Outcome:
+        program, problem = job
+        return run_program(
+            program, self.tests[problem], timeout=self.timeout, memory=self.memory, isolation=self.isolation
         )
 
-    def _run(self, program: str, wall: str) -> RunReport:
-        return _run_in_jail(program, wall, self.timeout, self.memory)
-
-
-def _run_in_jail(program: str, wall: str, timeout: float, memory: int) -> RunReport:
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        job = {"program": program, "timeout": timeout, "memory": memory, "folder": folder}
-        process = subprocess.Popen(
-            [sys.executable, "-I", "-S", str(_JAIL), wall],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env={}, cwd=folder, text=True,
-            start_new_session=True,
-        )  # fmt: skip
-        try:
-            said, _ = process.communicate(json.dumps(job), timeout=timeout + 10)
-            return RunReport(**json.loads(said))
-        except (subprocess.TimeoutExpired, ValueError, TypeError) as error:
-            return RunReport("killed", f"the jail itself did not answer ({type(error).__name__})")
-        finally:
-            process.kill()
-            process.wait()
-
-
-@functools.cache
-def _tried(wall: str) -> RunReport:
-    """Return whether a wall stands here: a harmless program passes behind it."""
-    return _run_in_jail("assert 1 + 1 == 2", wall, 10.0, 1 << 28)
+    def _problem(self, text: str) -> int:
+        problem = text.problem if isinstance(text, Draft) else 0
+        if not 0 <= problem < len(self.tests):
+            raise ValueError(
+                f"RunsTests: a draft of problem {problem!r}, but there are tests of {len(self.tests)}, from 0."
+            )
+        return problem

@@ -1,0 +1,207 @@
+"""Run a foreign program and its tests; a process of its own, which gets its job from ``sandbox.py`` on standard input.
+
+This process makes a worker, waits for it no longer than allowed, ends all that the worker left behind, and reports on standard
+output. The worker gives up its rights, runs the program and then the tests, and writes what came of them, sealed by a keyed hash:
+who only finds the pipe cannot write a report. It shares a process with the program all the same; a program that walks through
+the harness's own frames can still lie, as one can whose results are equal to everything.
+
+Imports the standard library alone.
+"""
+
+from __future__ import annotations
+
+import builtins
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import select
+import signal
+import sys
+import time
+import types
+from pathlib import Path
+from typing import Any, NoReturn
+
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+import confinement  # type: ignore[import-not-found]  # stands beside this file
+
+del sys.path[0]
+
+FORBIDDEN = {errno.EPERM, errno.EACCES, errno.EROFS, errno.ENETUNREACH, errno.ENOSYS}
+
+
+def main() -> None:
+    """Do one job."""
+    job = json.load(sys.stdin)
+    # The worker inherits this object and not its key, which nobody holds.
+    seal = hashlib.blake2b(key=os.urandom(32))
+    confinement.die_with_parent()
+    if job["isolation"] == "namespaces":
+        confinement.enter_namespaces()
+    else:
+        confinement.adopt_orphans()
+    receiver, sender = os.pipe()
+    worker = os.fork()
+    if not worker:
+        os.close(receiver)
+        _first(job, seal, sender)
+    os.close(sender)
+    said, status, late = _await(worker, receiver, job["timeout"])
+    _end_all()
+    print(json.dumps(_judge(said, status, seal, late=late)))
+
+
+def _await(worker: int, receiver: int, timeout: float) -> tuple[bytes, int, bool]:
+    """Return what the worker wrote, its status, and whether it had to be stopped."""
+    said, end, late = b"", time.monotonic() + timeout, False
+    os.set_blocking(receiver, False)
+    while True:
+        if select.select([receiver], [], [], 0.01)[0]:
+            with contextlib.suppress(BlockingIOError):
+                said = (said + os.read(receiver, 65536))[-65536:]
+        found, status = os.waitpid(worker, os.WNOHANG)
+        if found:
+            with contextlib.suppress(BlockingIOError):
+                said += os.read(receiver, 65536)
+            return said, status, late
+        if not late and time.monotonic() > end:
+            late = True
+            os.kill(worker, signal.SIGKILL)
+
+
+def _end_all() -> None:
+    """Kill and reap whatever is left below this process, also what calls itself a daemon."""
+    while True:
+        for child in _children():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(child, signal.SIGKILL)
+        try:
+            os.waitpid(-1, 0)
+        except ChildProcessError:
+            return
+
+
+def _children() -> list[int]:
+    return [int(one) for one in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()]
+
+
+def _judge(said: bytes, status: int, seal: Any, *, late: bool) -> dict[str, Any]:
+    """Return the report, or what became of a worker that has none."""
+    for line in said.split(b"\n"):
+        report, _, mark = line.rpartition(b" ")
+        checked = seal.copy()
+        checked.update(report)
+        if report and mark == checked.hexdigest().encode():
+            kind, passed, detail = report.decode("ascii").split(" ", 2)
+            return {"kind": kind, "passed": int(passed), "detail": detail}
+    number = status & 127 or max(0, (status >> 8) - 128)
+    if late or number == signal.SIGXCPU:
+        return {"kind": "timeout", "detail": "still running when its time was up", "passed": 0}
+    if number == signal.SIGKILL:
+        return {
+            "kind": "memory",
+            "detail": "killed by the system, most likely for memory or processor time",
+            "passed": 0,
+        }
+    if number == signal.SIGXFSZ:
+        return {"kind": "forbidden", "detail": "wrote a file beyond the limit", "passed": 0}
+    return {"kind": "exited", "detail": f"ended before its tests had, with status {status}", "passed": 0}
+
+
+def _first(job: dict[str, Any], seal: Any, sender: int) -> NoReturn:
+    """Be the first process of the new process numbers, which all others die with; or, without them, the worker."""
+    # Held here: what a program puts in the place of the system's functions, or of json's, reports nothing.
+    write, leave = os.write, os._exit
+    try:
+        if job["isolation"] == "namespaces":
+            confinement.die_with_parent()
+            confinement.close_file_system(Path(job["folder"]))
+            worker = os.fork()
+            if worker:
+                os.close(sender)
+                _pass_on(worker)
+        _confine(job)
+    except BaseException as error:
+        report = ("broken", 0, f"the sandbox: {type(error).__name__}: {error}")
+    else:
+        report = _run(job["program"], job["tests"])
+    kind, passed, detail = report
+    text = f"{kind} {passed} ".encode() + detail[:500].encode("unicode_escape")
+    seal.update(text)
+    write(sender, b"\n" + text + b" " + seal.hexdigest().encode() + b"\n")
+    leave(0)
+
+
+def _pass_on(worker: int) -> NoReturn:
+    """Wait for the worker, reaping orphans, and end as it did."""
+    found = 0
+    while found != worker:
+        found, status = os.wait()
+    os._exit(128 + (status & 127) if status & 127 else status >> 8)
+
+
+def _confine(job: dict[str, Any]) -> None:
+    nothing = os.open(os.devnull, os.O_RDWR)
+    for stream in range(3):
+        os.dup2(nothing, stream)
+    os.environ.clear()
+    isolation = job["isolation"]
+    if isolation != "namespaces":
+        os.chdir(job["folder"])
+    confinement.limit(seconds=job["timeout"], memory=job["memory"])
+    if isolation == "landlock":
+        confinement.forbid_files(Path(job["folder"]))
+    if isolation != "none":
+        confinement.drop_capabilities()
+        if confinement.can_filter():
+            confinement.forbid_calls()
+
+
+def _run(program: str, tests: list[str]) -> tuple[str, int, str]:
+    """Run a program, then each test in what the program left; a test passes that raises nothing."""
+    module = types.ModuleType("__main__")
+    sys.modules["__main__"] = module
+    space, passed = vars(module), 0
+    first = _raised(program, "program", space)
+    for place, test in enumerate(tests if first is None else ()):
+        found = _raised(test, f"test {place}", space)
+        passed += found is None
+        first = first or found
+    kind, detail = first or ("passed", "")
+    return kind, passed, detail
+
+
+def _raised(source: str, name: str, space: dict[str, Any]) -> tuple[str, str] | None:
+    """Return kind and text of what a source raised, or ``None``."""
+    names, untrace = vars(builtins), sys.settrace
+    plain = dict(names)
+    raised: BaseException | None = None
+    try:
+        exec(compile(source, f"<{name}>", "exec", dont_inherit=True), space)
+    except BaseException as error:
+        raised = error
+    # What a program puts in place of abs and the like does not judge it.
+    names.update(plain)
+    untrace(None)
+    return None if raised is None else (_kind(raised), f"{name}: {type(raised).__name__}: {_words(raised)}")
+
+
+def _words(raised: BaseException) -> str:
+    try:
+        return f"{raised}"[:300]
+    except BaseException:  # its class is the program's
+        return "(says nothing)"
+
+
+def _kind(raised: BaseException) -> str:
+    if isinstance(raised, MemoryError):
+        return "memory"
+    if isinstance(raised, SystemExit):
+        return "exited"
+    return "forbidden" if isinstance(raised, OSError) and raised.errno in FORBIDDEN else "failed"
+
+
+if __name__ == "__main__":
+    main()
