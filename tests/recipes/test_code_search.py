@@ -5,6 +5,7 @@ import math
 
 import numpy as np
 import pytest
+import torch
 
 from lightning_peft.decoding.draft import Draft
 from lightning_peft.decoding.scorers import PythonParses, PythonViability, RunsTests
@@ -116,6 +117,7 @@ def tiny(monkeypatch):
     asked = []
 
     def coder(options):
+        torch.manual_seed(0)
         model = CAUSAL["llama"]().eval()
         model.generation_config.eos_token_id = list(range(3, 400, 8))
         return model, tokenizer()
