@@ -137,7 +137,7 @@ def tiny(monkeypatch):
 
 def options(tmp_path, **changes):
     known = {
-        "problems": 3,
+        "problems": 1,
         "beams": (2,),
         "samples": 2,
         "max_new_tokens": 4,
