@@ -50,8 +50,9 @@ class Found:
         return np.array([float(getattr(row, what)) for row in rows if suite in (None, row.suite)])
 
     def mean(self, arm: str, width: int, what: str, suite: str | None = None) -> float:
-        """Return a measure's mean over problems."""
-        return float(self.values(arm, width, what, suite).mean())
+        """Return a measure's mean over problems; NaN if the suite has none."""
+        values = self.values(arm, width, what, suite)
+        return float(values.mean()) if len(values) else float("nan")
 
 
 def bootstrap(values: np.ndarray[Any, Any], resamples: int = 10_000, seed: int = 0) -> tuple[float, float]:
@@ -84,9 +85,7 @@ def report(rows: Sequence[CodeRow], options: Any) -> None:
     figures = {"code": curves(found), "limits": limits(found)}
     log(out, found, figures)
     for name, figure in figures.items():
-        write_atomic(
-            page.with_name(f"decoding_{name}.png"), lambda place, figure=figure: figure.savefig(place, dpi=110)
-        )
+        write_atomic(page.with_name(f"decoding_{name}.png"), partial(figure.savefig, dpi=110, format="png"))
     write_section(page, section(found, options, table, verdict))
     print(f"Page      {page}\nCurves    tensorboard --logdir {out / 'logs'}")
 
@@ -251,7 +250,7 @@ def _doubling(found: Found) -> str | None:
     wide, narrow = widths[-1], widths[-2]
     arm = "beam + viability"
     by = [100 * (found.mean(arm, wide, what) - found.mean(arm, narrow, what)) for what in ("parses", "passed")]
-    return f"From {narrow} to {wide} beams with viability, what parses changes by {by[0]:+.0f} points and what passes by {by[1]:+.0f}."
+    return f"From {narrow} to {wide} beams with viability, what parses changes by {by[0]:+.0f} points, what passes by {by[1]:+.0f}."
 
 
 def _optimised(found: Found) -> str | None:
