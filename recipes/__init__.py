@@ -20,6 +20,7 @@ RUNS = {
     "maml_sinusoid": "Meta-learn sine waves from ten points, beside a network trained on all and one that knows a single wave.",
     "maml_omniglot": "Meta-learn unseen characters from one drawing each, beside nearest centroids and plain training.",
     "maml_adapters": "Meta-learn the start of a LoRA over a frozen encoder: unseen intents from one or five examples each.",
+    "generative": "Make images in naive ways, see in numbers why they fail, and mend them: autoencoder, VAE, conditional VAE.",
     "continual": "Learn tasks one after the other and keep the earlier ones: all metrics; by replay, distillation or a budget.",
 }
 """Recipes that are a command of their own."""
