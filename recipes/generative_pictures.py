@@ -53,7 +53,10 @@ def draw(gallery: Gallery) -> dict[str, str]:
     """Draw all pictures; return file names and captions in the order of the page."""
     drawings: dict[str, tuple[Callable[[Gallery], Figure], str]] = {
         "samples": (draw_samples, "Every arm: 8 images of it, and below each its nearest training image"),
-        "metrics": (draw_metrics, "Four measures that disagree: means over seeds"),
+        "metrics": (
+            draw_metrics,
+            "Five measures that disagree: means over seeds; of FID less is better, of the others more",
+        ),
         "ascent": (draw_ascent, "One image on its way up the classifier's gradient; C climbs, E never saw it"),
         "accepted": (draw_accepted, "Noise that the classifier accepted, with its confidence"),
         "search": (draw_search, "What random search would have to draw, by the size of the image"),
@@ -111,17 +114,17 @@ def draw_samples(gallery: Gallery) -> Figure:
     shown = {arm: images[:COLUMNS] for arm, images in gallery.samples.items() if len(images)}
     across = 4
     figure = canvas(12.5, 1.05 * -(-len(shown) // across))
-    panels = figure.subplots(-(-len(shown) // across), across, squeeze=False).flat
+    panels = list(figure.subplots(-(-len(shown) // across), across, squeeze=False).flat)
     for panel, (arm, images) in zip(panels, shown.items(), strict=False):
         pairs = beside_nearest(images, gallery.bench.images.train)
         show(panel, torch.cat([pairs[::2], pairs[1::2]]), len(images), arm)
-    for panel in list(panels)[len(shown) :]:
+    for panel in panels[len(shown) :]:
         panel.axis("off")
     return figure
 
 
 def draw_metrics(gallery: Gallery) -> Figure:
-    """Draw FID, precision, coverage and detector as bars, an arm beside the other."""
+    """Draw FID, precision, recall, coverage and detector as bars, an arm below the other."""
     found = means(gallery.rows)
     figure = canvas(12, 0.21 * len(found) + 1.2)
     panels = figure.subplots(1, 5, sharey=True)
@@ -136,8 +139,9 @@ def draw_metrics(gallery: Gallery) -> Figure:
         panel.grid(axis="x", alpha=0.3)
         panel.set_xlim(left=0)
     panels[0].set_xscale("symlog", linthresh=10)
+    panels[0].set_xticks([0, 10, 100], ["0", "10", "100"])
+    panels[0].set_ylim(len(found) - 0.4, -0.6)
     panels[0].set_yticks(range(len(found)), list(found), fontsize=8)
-    panels[0].invert_yaxis()
     return figure
 
 
@@ -209,14 +213,13 @@ def draw_search(gallery: Gallery) -> Figure:
             panel.annotate(
                 f"$10^{{{value:.1f}}}$", (side, value), xytext=(4, 6), textcoords="offset points", fontsize=9
             )
-    panel.set_yscale("symlog", linthresh=1)
-    panel.set_yticks([0, 1, 10, 100, 1000], ["$1$", "$10$", "$10^{10}$", "$10^{100}$", "$10^{1000}$"])
+    panel.yaxis.set_major_formatter(lambda value, _: f"$10^{{{value:.0f}}}$")
     panel.set_xticks(sides, [f"{side} x {side}" for side in sides])
     panel.set_ylabel("expected draws of uniform noise")
     panel.set_xlabel("pixels")
     panel.margins(0.12)
     panel.grid(alpha=0.3)
-    panel.legend(fontsize=8, loc="center right")
+    panel.legend(fontsize=8, loc="upper left")
     return figure
 
 

@@ -44,8 +44,12 @@ def by_arm(rows: Mapping[str, Row]) -> dict[str, dict[str, list[float]]]:
 def verdicts(rows: Mapping[str, Row]) -> dict[str, str]:
     """Return a sentence for each arm that makes images."""
     found = means(rows)
-    real = found[REAL]
-    return {arm: f"{arm}: {judged(row, real)}. {why(arm, row, found)}" for arm, row in found.items() if arm != REAL}
+    said = {}
+    for arm, row in found.items():
+        if arm != REAL:
+            reason = "Too few were accepted to measure." if math.isnan(row["precision"]) else why(arm, row, found)
+            said[arm] = f"{arm}: {judged(row, found[REAL])}. {reason}"
+    return said
 
 
 def judged(row: Row, real: Row) -> str:
