@@ -47,6 +47,7 @@ bench: $(READY)  ## make the tables of the docs anew (about six hours on two cor
 	$(RUN) benchmarks/maml.py --page docs/meta-learning.md
 	$(RUN) -m lightning_peft.recipes.maml_sinusoid --page docs/meta-learning.md
 	$(RUN) -m lightning_peft.recipes.ladder --seeds 3 --page docs/ladder.md
+	$(RUN) -m lightning_peft.recipes.generative --seeds 3 --page docs/generative.md
 	$(RUN) benchmarks/sentiment.py --tune
 	$(RUN) benchmarks/sentiment.py
 	$(RUN) benchmarks/sentiment.py --ablate --seeds 0
