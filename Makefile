@@ -49,6 +49,7 @@ bench: $(READY)  ## make the tables of the docs anew (about six hours on two cor
 	$(RUN) benchmarks/python_viability.py
 	$(RUN) -m lightning_peft.recipes.code_search --page docs/decoding.md
 	$(RUN) -m lightning_peft.recipes.ladder --seeds 3 --page docs/ladder.md
+	$(RUN) -m lightning_peft.recipes.generative --seeds 3 --page docs/generative.md
 	$(RUN) benchmarks/sentiment.py --tune
 	$(RUN) benchmarks/sentiment.py
 	$(RUN) benchmarks/sentiment.py --ablate --seeds 0

@@ -10,13 +10,16 @@ from lightning_peft.callbacks.exact_resume import ExactResume
 from lightning_peft.callbacks.forgetting_budget import ForgettingBudget
 from lightning_peft.callbacks.forgetting_evaluation import ForgettingEvaluation
 from lightning_peft.callbacks.freeze_schedule import FreezeSchedule
+from lightning_peft.callbacks.generation_metrics import GenerationMetrics
 from lightning_peft.callbacks.gradient_flow import GradientFlow
 from lightning_peft.callbacks.gradient_projection import GradientProjection
 from lightning_peft.callbacks.kl_gauge import KLGauge
+from lightning_peft.callbacks.latent_plane import LatentPlane
 from lightning_peft.callbacks.memory_fill import MemoryFill
 from lightning_peft.callbacks.phases import Phase, Plateau
 from lightning_peft.callbacks.probe_baseline import ProbeBaseline
 from lightning_peft.callbacks.replay_mixing import ReplayMixing
+from lightning_peft.callbacks.sample_grid import SampleGrid
 from lightning_peft.callbacks.weight_drift import WeightDrift
 from lightning_peft.callbacks.weight_interpolation import WeightInterpolation
 from lightning_peft.callbacks.zero_init_head import ZeroInitHead
@@ -31,15 +34,18 @@ __all__ = [
     "ForgettingBudget",
     "ForgettingEvaluation",
     "FreezeSchedule",
+    "GenerationMetrics",
     "GradientFlow",
     "GradientProjection",
     "KLGauge",
+    "LatentPlane",
     "MemoryFill",
     "OldTask",
     "Phase",
     "Plateau",
     "ProbeBaseline",
     "ReplayMixing",
+    "SampleGrid",
     "WeightDrift",
     "WeightInterpolation",
     "ZeroInitHead",

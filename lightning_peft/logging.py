@@ -12,6 +12,7 @@ from weakref import WeakKeyDictionary, WeakSet
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
+from torch import Tensor
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure  # slow to import, seldom needed
@@ -31,6 +32,7 @@ FAMILIES = {
     "baseline": "what is reached without training",
     "decoding": "what is written after prompts, how often it is right and what it costs",
     "meta": "how well tasks adapt, before and after each step",
+    "generation": "what a generative model makes, and how near it comes to real data",
 }
 """Every family of keys, and what it shows."""
 
@@ -111,6 +113,24 @@ def log_text(trainer: pl.Trainer, key: str, text: str, *, step: int | None = Non
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 logger.experiment.add_text(check_key(key), text, trainer.global_step if step is None else step)
+
+
+def log_image(trainer: pl.Trainer, key: str, image: Tensor, *, step: int | None = None) -> None:
+    """Send an image to every TensorBoard logger of a trainer.
+
+    Args:
+        trainer: A trainer with any number of loggers, also none.
+        key: Where it stands, as ``generation/samples``.
+        image: ``(channels, height, width)`` with 1 or 3 channels, in [0, 1].
+        step: The optimizer step that it belongs to; unset, the present one.
+
+    Raises:
+        ValueError: For a key that does not follow the grammar.
+    """
+    if trainer.is_global_zero:
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                logger.experiment.add_image(check_key(key), image, trainer.global_step if step is None else step)
 
 
 def register_chart(

@@ -21,6 +21,7 @@ RUNS = {
     "maml_omniglot": "Meta-learn unseen characters from one drawing each, beside nearest centroids and plain training.",
     "maml_adapters": "Meta-learn the start of a LoRA over a frozen encoder: unseen intents from one or five examples each.",
     "code_search": "Complete functions with SmolLM2 by search: what a parser and tests are worth, against tokens and seconds.",
+    "generative": "Make images in naive ways, see in numbers why they fail, and mend them: autoencoder, VAE, conditional VAE.",
     "continual": "Learn tasks one after the other and keep the earlier ones: all metrics; by replay, distillation or a budget.",
 }
 """Recipes that are a command of their own."""

@@ -59,13 +59,16 @@ from lightning_peft.callbacks import (
     ForgettingBudget,
     ForgettingEvaluation,
     FreezeSchedule,
+    GenerationMetrics,
     GradientFlow,
     GradientProjection,
     KLGauge,
+    LatentPlane,
     MemoryFill,
     OldTask,
     ProbeBaseline,
     ReplayMixing,
+    SampleGrid,
     WeightDrift,
     WeightInterpolation,
     ZeroInitHead,
@@ -287,6 +290,14 @@ def old_task() -> OldTask:
     return OldTask(rows(20, seed=4), MulticlassAccuracy(num_classes=2), old_step)
 
 
+def encoded(module, x):
+    return module(x)
+
+
+def drawn(module, count):
+    return module(torch.randn(count, 4)).reshape(count, 1, 1, 2)
+
+
 CALLBACKS: dict[str, Callable[[], pl.Callback]] = {
     "ZeroInitHead": ZeroInitHead,
     "FreezeSchedule": lambda: FreezeSchedule.head_first("head", steps=5),
@@ -304,8 +315,11 @@ CALLBACKS: dict[str, Callable[[], pl.Callback]] = {
     "MemoryFill": lambda: MemoryFill(ReservoirBuffer(8), during="batches"),
     "ProbeBaseline": lambda: ProbeBaseline("head"),
     "DecodingEvaluation": lambda: DecodingEvaluation(Weighing(), ["a", "b", "c"], heavy, tokenizer=None, model="head"),
+    "SampleGrid": lambda: SampleGrid(drawn, count=4, every_n_steps=3),
+    "LatentPlane": lambda: LatentPlane(rows(16, seed=5), encode=encoded, every_n_steps=6),
+    "GenerationMetrics": lambda: GenerationMetrics(torch.rand(12, 1, 1, 2), drawn, count=8, k=2, every_n_steps=3),
 }
-PROTECTING = list(CALLBACKS)[-9:]
+PROTECTING = list(CALLBACKS)[-12:]
 """They do not touch how a mixin adds weights, so they stand with two modules only; two mixins stand with what feeds them."""
 ALONE = {"no mixin", "LoRAMixin"}
 FED = {"DistillMixin": ("ReplayMixing", "ExactResume"), "DERMixin": ("ReplayMixing", "ExactResume")}
@@ -444,6 +458,9 @@ class Witness(pl.Callback):
             "MemoryFill": len(getattr(watched, "buffer", ())) == 8,
             "ProbeBaseline": getattr(watched, "probe_score", None) is not None,
             "DecodingEvaluation": bool(getattr(watched, "history", None)),
+            "SampleGrid": getattr(watched, "samples", None) is not None,
+            "LatentPlane": getattr(watched, "latents", None) is not None,
+            "GenerationMetrics": getattr(watched, "values", {}).get("nearest", 0) > 0,
         }
 
 

@@ -45,6 +45,7 @@ from lightning_peft.callbacks import (
     ForgettingBudget,
     ForgettingEvaluation,
     FreezeSchedule,
+    GenerationMetrics,
     GradientFlow,
     OldTask,
     Phase,
@@ -60,7 +61,7 @@ from lightning_peft.decoding import BeamSearch, Sample
 from lightning_peft.decoding.draft import Draft
 from lightning_peft.distributed import gather_objects, gather_rows, rank, world_size
 from lightning_peft.losses import in_batch_contrastive
-from lightning_peft.metrics import RecallAtOne
+from lightning_peft.metrics import DensityCoverage, PrecisionRecall, RecallAtOne
 from lightning_peft.mixins.prompt_search_mixin import PromptSearchMixin
 from lightning_peft.prompts import Halving, PromptSearch
 from tests.decoding.toy_language import Numbers, Writer
@@ -540,6 +541,25 @@ def watching_sharded_weights_through_a_resume() -> Result:
     return seen
 
 
+def toy_samples(module: pl.LightningModule, count: int) -> torch.Tensor:
+    return module.backbone(torch.randn(count, 4, dtype=torch.float64, device=module.device))
+
+
+def measuring_samples() -> Result:
+    """Ranks share the rows of a metric, and all log what the callback has found."""
+    real = torch.randn(40, 8, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    found: Result = {}
+    for metric in (PrecisionRecall(k=2), DensityCoverage(k=2)):
+        metric.update(real[:24][rank() :: world_size()], real=True)
+        metric.update(real[24:][rank() :: world_size()] / 2, real=False)
+        found |= {name: float(value) for name, value in metric.compute().items()}
+    callback = GenerationMetrics(real, toy_samples, features=lambda rows: rows[:, :3], count=16, k=2, every_n_steps=3)
+    trainer = fit(RankToy(), callback)
+    return found | {
+        key: float(value) for key, value in trainer.callback_metrics.items() if key.startswith("generation")
+    }
+
+
 class Episodic(RankToy):
     """The toy on episodes of its rows, with rates of its own if it learns them."""
 
@@ -641,6 +661,7 @@ CASES: dict[str, Callable[[], Result]] = {
         measuring_an_uneven_set,
         measuring_sharded_weights,
         watching_gradients_and_drift,
+        measuring_samples,
         watching_sharded_weights_through_a_resume,
         drifted_replicas_are_noticed,
         decoding_shared_prompts,

@@ -1,6 +1,7 @@
 """What is measured, as torchmetrics classes."""
 
 from lightning_peft.metrics.accuracy_matrix import AccuracyMatrix, draw_accuracy_matrix
+from lightning_peft.metrics.confidence import ClassifierConfidence
 from lightning_peft.metrics.continual import (
     AverageAccuracy,
     AverageIncrementalAccuracy,
@@ -13,6 +14,8 @@ from lightning_peft.metrics.continual import (
     Stability,
     StabilityGap,
 )
+from lightning_peft.metrics.frechet_distance import FrechetDistance
+from lightning_peft.metrics.manifold import DensityCoverage, Memorisation, NearestNeighbourDistance, PrecisionRecall
 from lightning_peft.metrics.retrieval import RecallAtOne
 
 __all__ = [
@@ -20,11 +23,17 @@ __all__ = [
     "AverageAccuracy",
     "AverageIncrementalAccuracy",
     "BackwardTransfer",
+    "ClassifierConfidence",
+    "DensityCoverage",
     "Forgetting",
     "ForwardTransfer",
+    "FrechetDistance",
     "Intransigence",
     "LearningAccuracy",
+    "Memorisation",
     "MinAccuracy",
+    "NearestNeighbourDistance",
+    "PrecisionRecall",
     "RecallAtOne",
     "Stability",
     "StabilityGap",

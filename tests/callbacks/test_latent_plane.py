@@ -1,0 +1,47 @@
+"""The latents of a look are those of the rows, and the picture shows them."""
+
+import pytest
+import torch
+from lightning.pytorch.loggers import TensorBoardLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils.data import DataLoader
+
+from lightning_peft.callbacks import LatentPlane
+from tests.callbacks.test_looks import Sketch
+from tests.toy import rows
+
+
+@pytest.mark.parametrize("given", [rows(20), DataLoader(rows(20), 7, shuffle=True)])
+def test_the_latents_are_those_of_the_first_rows_in_their_order(given, fit):
+    plane, net = LatentPlane(given, most=15, side=2), Sketch()
+    fit(net, plane)
+    with torch.no_grad():
+        expected = net.eval().encode(rows(20).tensors[0][:15])
+    assert torch.allclose(plane.latents, expected, atol=1e-6)
+
+
+def test_each_look_stands_in_tensorboard_and_in_the_folder(fit, tmp_path):
+    logger = TensorBoardLogger(tmp_path, name="", version="run", default_hp_metric=False)
+    plane = LatentPlane(rows(20), every_n_steps=2, side=2, folder=tmp_path / "seen")
+    fit(Sketch(), plane, epochs=1, logger=logger)
+    events = EventAccumulator(str(tmp_path / "run")).Reload()
+    assert [image.step for image in events.Images("generation/latents")] == [2, 4]
+    assert sorted(file.name for file in (tmp_path / "seen").iterdir()) == ["latents-000002.png", "latents-000004.png"]
+
+
+def test_rows_without_labels_and_a_module_without_a_decoder_have_their_picture_too(fit):
+    class Encoder(Sketch):
+        decode = None
+
+        def training_step(self, batch, batch_idx):
+            return self.encode(batch[0]).square().mean()
+
+    plane = LatentPlane([x for x, _ in rows(9)])
+    fit(Encoder(), plane)
+    assert plane.latents.shape == (9, 3)
+
+
+@pytest.mark.parametrize("name", ["most", "side"])
+def test_nothing_to_draw_is_refused(name):
+    with pytest.raises(ValueError, match=f"LatentPlane: {{'{name}': 0}} must be at least 1 each"):
+        LatentPlane(rows(3), **{name: 0})
