@@ -81,6 +81,9 @@ class DecodingEvaluation(pl.Callback):
         if trainer.global_step == 0:
             self.history = []
             self._evaluate(trainer, pl_module)
+        elif self.history:  # a resumed run: what monitors look at is as it was
+            last = {key: torch.tensor(value) for key, value in self.history[-1].items() if key != "step"}
+            trainer.callback_metrics.update(last)
 
     @override
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

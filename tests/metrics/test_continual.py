@@ -547,7 +547,7 @@ def test_what_cannot_be_is_refused_with_its_value_and_the_cure(call, said):
 
 
 def test_the_page_lists_every_metric_with_a_key_that_can_be_logged():
-    page = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text()
+    page = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text().partition("A set's manifold")[0]
     lines = [line for line in page.splitlines() if line.startswith("| `")]
     listed = {re.match(r"\| `(\w+)", line)[1] for line in lines}
     kinds = [*PLAIN, Forgetting, ForwardTransfer, Intransigence, MinAccuracy, StabilityGap, AccuracyMatrix]
