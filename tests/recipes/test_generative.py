@@ -269,9 +269,16 @@ def every_arm(**changes):
 
 @pytest.mark.parametrize(
     ("precision", "recall", "coverage", "verdict"),
-    [(0.9, 0.6, 0.8, "works"), (0.9, 0.6, 0.3, "works in part"), (0.2, 0.6, 0.8, "works in part"),
-     (0.9, 0.01, 0.8, "works in part"), (0.0, 0.9, 0.8, "fails"), (0.9, 0.9, 0.01, "fails"), (math.nan, math.nan, math.nan, "makes nothing")],
-)  # fmt: skip
+    [
+        (0.9, 0.6, 0.8, "works"),
+        (0.9, 0.6, 0.3, "works in part"),
+        (0.2, 0.6, 0.8, "works in part"),
+        (0.9, 0.01, 0.8, "works in part"),
+        (0.0, 0.9, 0.8, "fails"),
+        (0.9, 0.9, 0.01, "fails"),
+        (math.nan, math.nan, math.nan, "makes nothing"),
+    ],
+)
 def test_an_arm_is_judged_by_its_worst_measure(precision, recall, coverage, verdict):
     real = {"precision": 1.0, "recall": 1.0, "coverage": 0.8}
     assert judged({"precision": precision, "recall": recall, "coverage": coverage}, real) == verdict
