@@ -27,8 +27,8 @@ from a training image than 95 % of the held-out images do. The expected draws fo
 accepts noise."""
 SEEN = 0.8
 """E is fooled by ascent where it sees this share of the targets in images that are nowhere near real ones."""
-VERDICT = """An arm works where precision and coverage reach half of what the real test images have, and fails where
-either is below a tenth."""
+VERDICT = """An arm works where precision, recall and coverage reach half of what the real test images have; it fails where
+precision or coverage is below a tenth."""
 
 
 def spread(values: list[float]) -> str:

@@ -206,12 +206,12 @@ def draw_search(gallery: Gallery) -> Figure:
         ),
         ("one as near as held-out images are (a lower bound)", "^", lambda row: float(row["least_draws"])),
     )
-    for label, marker, power in ways:
+    for (label, marker, power), lift in zip(ways, (-14, 6), strict=True):
         centre = [statistics.fmean(power(row) for row in found if row["side"] == side) for side in sides]
         panel.plot(sides, centre, marker=marker, label=label)
         for side, value in zip(sides, centre, strict=True):
             panel.annotate(
-                f"$10^{{{value:.1f}}}$", (side, value), xytext=(4, 6), textcoords="offset points", fontsize=9
+                f"$10^{{{value:.1f}}}$", (side, value), xytext=(4, lift), textcoords="offset points", fontsize=9
             )
     panel.yaxis.set_major_formatter(lambda value, _: f"$10^{{{value:.0f}}}$")
     panel.set_xticks(sides, [f"{side} x {side}" for side in sides])

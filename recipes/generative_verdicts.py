@@ -11,9 +11,9 @@ from lightning_peft.recipes.generative_measures import Row
 
 REAL = "real test images"
 NEAR = 0.5
-"""An arm works where precision and coverage reach this share of the real test images' own."""
+"""An arm works where precision, recall and coverage reach this share of the real test images' own."""
 FAR = 0.1
-"""And fails where either is below this share."""
+"""And fails where precision or coverage is below this share."""
 
 
 def means(rows: Mapping[str, Row]) -> dict[str, Row]:
@@ -53,15 +53,17 @@ def verdicts(rows: Mapping[str, Row]) -> dict[str, str]:
 
 
 def judged(row: Row, real: Row) -> str:
-    """Return whether an arm works, from its precision and coverage beside those of real images.
+    """Return whether an arm works, from its precision, recall and coverage beside those of real images.
 
-    >>> judged({"precision": 0.9, "coverage": 0.3}, {"precision": 1.0, "coverage": 0.8})
+    >>> judged({"precision": 0.9, "recall": 0.2, "coverage": 0.7}, {"precision": 1.0, "recall": 1.0, "coverage": 0.8})
     'works in part'
     """
     if math.isnan(row["precision"]):
         return "makes nothing"
-    least = min(row[key] / real[key] if real[key] else math.nan for key in ("precision", "coverage"))
-    return "works" if least >= NEAR else "fails" if least < FAR else "works in part"
+    reached = {key: row[key] / max(real[key], 1e-9) for key in ("precision", "recall", "coverage")}
+    if min(reached["precision"], reached["coverage"]) < FAR:
+        return "fails"
+    return "works" if min(reached.values()) >= NEAR else "works in part"
 
 
 def why(arm: str, row: Row, found: Mapping[str, Row]) -> str:
@@ -90,9 +92,9 @@ REASONS = (
     (
         "ascent*",
         """C's confidence is {row[confidence]:.2f}, and E, which the ascent never saw, sees the wanted class in
-        {row[conditional]:.1%}: a second classifier unmasks nothing. But the nearest training image is {row[nearest]:.2f}
+        {row[conditional]:.1%}. The nearest training image is {row[nearest]:.2f}
         away (noise: {noise[nearest]:.2f}, held-out ones: {real[nearest]:.2f}) and the detector calls {row[detector]:.1%}
-        of them digits. FID alone, beside noise's {noise[fid]:.0f}, would not say so.""",
+        of them digits; noise has a FID of {noise[fid]:.0f}.""",
     ),
     (
         "*, reconstructions",
@@ -134,7 +136,7 @@ REASONS = (
     ),
     (
         "GMM on pixels",
-        "No network at all, and only noise tells its samples apart: the nearest training image is {row[nearest]:.2f} away.",
+        "No network at all; the nearest training image is {row[nearest]:.2f} away.",
     ),
     (
         "*",

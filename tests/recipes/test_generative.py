@@ -268,12 +268,20 @@ def every_arm(**changes):
 
 
 @pytest.mark.parametrize(
-    ("precision", "coverage", "verdict"),
-    [(0.9, 0.8, "works"), (0.9, 0.3, "works in part"), (0.2, 0.8, "works in part"), (0.0, 0.8, "fails"), (0.9, 0.01, "fails"),
-     (math.nan, math.nan, "makes nothing")],
-)  # fmt: skip
-def test_an_arm_is_judged_by_the_lesser_of_precision_and_coverage(precision, coverage, verdict):
-    assert judged({"precision": precision, "coverage": coverage}, {"precision": 1.0, "coverage": 0.8}) == verdict
+    ("precision", "recall", "coverage", "verdict"),
+    [
+        (0.9, 0.6, 0.8, "works"),
+        (0.9, 0.6, 0.3, "works in part"),
+        (0.2, 0.6, 0.8, "works in part"),
+        (0.9, 0.01, 0.8, "works in part"),
+        (0.0, 0.9, 0.8, "fails"),
+        (0.9, 0.9, 0.01, "fails"),
+        (math.nan, math.nan, math.nan, "makes nothing"),
+    ],
+)
+def test_an_arm_is_judged_by_its_worst_measure(precision, recall, coverage, verdict):
+    real = {"precision": 1.0, "recall": 1.0, "coverage": 0.8}
+    assert judged({"precision": precision, "recall": recall, "coverage": coverage}, real) == verdict
 
 
 def test_every_arm_has_its_sentence_with_its_own_numbers():
