@@ -72,7 +72,7 @@ def report(rows: Sequence[CodeRow], options: Any) -> None:
     page = Path(options.page) if options.page else out / "decoding.md"
     found = Found(rows)
     table = shares(found)
-    table.show()
+    shares(found, widest=True).show()
     verdict = gain(found, max(options.beams))
     print(verdict)
     measures = ("tokens", "seconds", "scorer_seconds", "parses", "body_parses", "passed", "shown", "covered")
@@ -90,11 +90,11 @@ def report(rows: Sequence[CodeRow], options: Any) -> None:
     print(f"Page      {page}\nCurves    tensorboard --logdir {out / 'logs'}")
 
 
-def shares(found: Found) -> TextTable:
-    """Return what each arm reached and what it took, with the bootstrap's 95 % over problems."""
+def shares(found: Found, *, widest: bool = False) -> TextTable:
+    """Return what each arm reached and what it took, with the bootstrap's 95 % over problems; ``widest`` is for terminals."""
     lines = []
     for arm in ARMS:
-        for width in found.widths(arm):
+        for width in found.widths(arm)[-1 if widest else 0 :]:
             cells = [_share(found.values(arm, width, what)) for what in ("parses", "body_parses", "passed")]
             suites = [f"{found.mean(arm, width, 'passed', suite):.2f}" for suite in ("own", "human_eval")]
             cost = [f"{found.mean(arm, width, 'tokens'):.0f}", f"{found.mean(arm, width, 'seconds'):.1f}"]
@@ -124,7 +124,11 @@ def _share(values: np.ndarray[Any, Any]) -> str:
 def gain(found: Found, width: int) -> str:
     """Say by how much the parser's pruning raises the share that parses, pair by pair, and at how many tokens."""
     gains = []
-    for what, words in (("parses", "of texts that parse"), ("passed", "of functions that pass")):
+    for what, words in (
+        ("parses", "of texts that parse"),
+        ("body_parses", "of functions that parse, without what follows them,"),
+        ("passed", "of functions that pass"),
+    ):
         pairs = [found.values(arm, width, what) for arm in ("beam + viability", "beam")]
         low, high = bootstrap(pairs[0] - pairs[1])
         difference = float((pairs[0] - pairs[1]).mean())
@@ -132,7 +136,7 @@ def gain(found: Found, width: int) -> str:
         gains.append(f"the share {words} by {100 * difference:+.0f} points ({interval})")
     tokens = [found.mean(arm, width, "tokens") for arm in ("beam + viability", "beam")]
     spent = f"at {tokens[0]:.0f} tokens instead of {tokens[1]:.0f}"
-    return f"With {width} beams, PythonViability changes {' and '.join(gains)}, {spent}."
+    return f"With {width} beams, PythonViability changes {'; '.join(gains)}; {spent}."
 
 
 def curves(found: Found) -> Figure:
@@ -162,7 +166,9 @@ def _curve(axes: Axes, found: Found, arm: str, what: str, color: str) -> None:
     if not widths:
         return
     tokens = [found.mean(arm, width, "tokens") for width in widths]
-    axes.plot(tokens, [found.mean(arm, width, what) for width in widths], "o-", color=color, markersize=4, label=arm)
+    # Selectors from one pool often agree: their signs differ, so that none hides another.
+    sign = dict(zip(ARMS, ("o-", "s-", "^:", "v:", "x:", "+:"), strict=False))[arm]
+    axes.plot(tokens, [found.mean(arm, width, what) for width in widths], sign, color=color, markersize=6, label=arm)
     if arm.startswith("beam"):
         low, high = zip(*(bootstrap(found.values(arm, width, what)) for width in widths), strict=True)
         axes.fill_between(tokens, low, high, color=color, alpha=0.12, linewidth=0)
@@ -185,8 +191,11 @@ def limits(found: Found) -> Figure:
     axes = figure.add_subplot(1, 2, 1)
     arm = "sample by the first test"
     widths = found.widths(arm)
-    for what, words, style in (("shown", "the test that it was chosen by", "o--"), ("passed", "all tests", "o-")):
-        axes.plot(widths, [found.mean(arm, width, what, "own") for width in widths], style, color="C6", label=words)
+    for what, words, style, color in (
+        ("shown", "the test that it was chosen by", "s--", "C1"),
+        ("passed", "all tests", "o:", "C0"),
+    ):
+        axes.plot(widths, [found.mean(arm, width, what, "own") for width in widths], style, color=color, label=words)
     axes.set(xlabel="samples to choose from", ylabel="own problems: share that passes", ylim=(0, 1.02), xticks=widths)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
