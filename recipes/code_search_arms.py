@@ -125,7 +125,7 @@ class Arms:
                 tokens = sum(one.tokens for one in first)
                 for arm, (selector, scorer) in self._selectors(problems).items():
                     usage = [Usage() for _ in problems]
-                    best = selector.select(first, Judge(scorer, usage))[0]
+                    best = selector.select(first, Judge(scorer, dict(enumerate(usage))))[0]
                     own = usage[number]
                     own.tokens = tokens
                     own.seconds = drawn.usage[number].seconds * tokens / max(1, whole) + own.scorer_seconds
