@@ -204,6 +204,14 @@ def test_no_other_process_is_signalled_or_seen(run):
         other.wait()
 
 
+def test_no_capability_is_left(run):
+    program = "import ctypes\nfound = (ctypes.c_uint32 * 6)()\n"
+    program += (
+        "assert ctypes.CDLL(None).capget((ctypes.c_uint32 * 2)(0x20080522, 0), found) == 0\nassert not any(found)\n"
+    )
+    assert run(program + GOOD).kind == "passed"
+
+
 def test_secrets_of_the_environment_are_not_handed_on(run, monkeypatch):
     monkeypatch.setenv("SECRET", "hunter2")
     assert run("import os\nassert 'SECRET' not in os.environ\n" + GOOD).kind == "passed"
