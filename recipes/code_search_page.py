@@ -249,8 +249,22 @@ def section(found: Found, options: Any, table: TextTable, verdict: str) -> str:
 
 def limits_in_words(found: Found) -> str:
     """Say where search stops paying, from what was measured."""
-    said: list[Callable[[Found], str | None]] = [_doubling, _optimised, _selectors, _cost]
+    said: list[Callable[[Found], str | None]] = [_after, _doubling, _optimised, _selectors, _cost]
     return "**Limits.** " + " ".join(one for one in (say(found) for say in said) if one)
+
+
+def _after(found: Found) -> str | None:
+    width = max(set(found.widths("beam")) & set(found.widths("beam + viability")), default=1)
+    if width < 2:
+        return None
+    whole, body = (
+        100 * (found.mean("beam + viability", width, what) - found.mean("beam", width, what))
+        for what in ("parses", "body_parses")
+    )
+    return (
+        f"Of the {whole:+.0f} points in texts that parse, {body:+.0f} are the function's own; the others come of what is written "
+        "after it and of where the limit cuts."
+    )
 
 
 def _doubling(found: Found) -> str | None:
