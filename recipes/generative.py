@@ -26,7 +26,8 @@ from lightning_peft.recipes.generative_measures import Row, measured
 from lightning_peft.recipes.generative_models import Classifier
 from lightning_peft.recipes.generative_naive import random_search
 from lightning_peft.recipes.generative_page import page, summary, table
-from lightning_peft.recipes.generative_pictures import Gallery, draw
+from lightning_peft.recipes.generative_panels import Gallery
+from lightning_peft.recipes.generative_pictures import draw
 from lightning_peft.recipes.generative_train import fit, plans, train
 from lightning_peft.recipes.generative_verdicts import verdicts
 from lightning_peft.reporting import finished_rows, save_results
@@ -50,7 +51,7 @@ class Generative:
         samples: Images of every arm; unset, as many as there are held-out ones.
         rows: Most training images, and most held-out ones.
         draws: Random images of the search at each size; a filter draws at most 20 times as many.
-        quick: One seed, 20 epochs, 4,000 draws, 200 samples.
+        quick: One seed, 10 epochs, 2,000 draws, 200 samples: to see that it runs.
         out: Folder for results, networks, logs and pictures.
         page: The page; its pictures lie beside it. Unset, generative.md in the folder.
         resume: Go on with the killed run in this folder.
@@ -74,7 +75,7 @@ class Generative:
             ValueError: For counts that are too small.
         """
         if self.quick:
-            self.seeds, self.epochs, self.draws = 1, min(self.epochs, 20), min(self.draws, 4000)
+            self.seeds, self.epochs, self.draws = 1, min(self.epochs, 10), min(self.draws, 2000)
             self.samples = min(self.samples or 200, 200)
         least = {"seeds": 1, "epochs": 1, "rows": 100, "draws": 2000, "samples": 20}
         found = {name: getattr(self, name) for name in least}
@@ -197,7 +198,9 @@ def main(args: list[str] | None = None) -> None:
     from jsonargparse import ArgumentParser  # noqa: PLC0415
 
     parser = ArgumentParser("lightning-peft generative", description=(Generative.__doc__ or "").splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="one seed, 20 epochs, 4,000 draws, 200 samples")
+    parser.add_argument(
+        "--quick", action="store_true", help="one seed, 10 epochs, 2,000 draws, 200 samples: to see that it runs"
+    )
     parser.add_argument("--resume", action="store_true", help="go on with the killed run in --out")
     parser.add_class_arguments(Generative, skip={"quick", "resume"})
     warnings.filterwarnings(

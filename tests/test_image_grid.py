@@ -17,6 +17,11 @@ def test_images_stand_row_by_row_and_small_ones_are_enlarged_unblurred():
     assert grid[0, 40, 80] == 0.5  # the sixth place is empty
 
 
+def test_an_image_is_neither_turned_nor_mirrored():
+    image = torch.rand(40, 33)
+    assert torch.equal(image_grid(image[None, None])[0, 1:41, 1:34], image)
+
+
 def test_values_outside_are_cut_off_and_shapes_without_channels_taken():
     assert set(image_grid(torch.tensor([[[-1.0]], [[2.0]]])).unique().tolist()) == {0.0, 0.5, 1.0}
 
