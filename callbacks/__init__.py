@@ -4,6 +4,7 @@ if __name__ == "callbacks":
     raise ImportError("import lightning_peft.callbacks, not callbacks: the bare name would make every class twice")
 
 from lightning_peft.callbacks.decay_to_pretrained import DecayToPretrained
+from lightning_peft.callbacks.decoding_evaluation import DecodingEvaluation
 from lightning_peft.callbacks.ewc import EWC
 from lightning_peft.callbacks.exact_resume import ExactResume
 from lightning_peft.callbacks.forgetting_budget import ForgettingBudget
@@ -25,6 +26,7 @@ from lightning_peft.ready_tasks import accuracy_task, perplexity_task, retrieval
 __all__ = [
     "EWC",
     "DecayToPretrained",
+    "DecodingEvaluation",
     "ExactResume",
     "ForgettingBudget",
     "ForgettingEvaluation",

@@ -31,7 +31,7 @@ def measure(trainer: pl.Trainer, pl_module: pl.LightningModule, tasks: Mapping[s
 
     Where a ``WeightAveraging`` callback has begun to average the weights, the averaged ones are measured.
     """
-    with _averaged(trainer, pl_module):
+    with averaged(trainer, pl_module):
         return measure_present(trainer, pl_module, tasks)
 
 
@@ -80,7 +80,7 @@ def forward_context(trainer: pl.Trainer) -> AbstractContextManager[Any]:
 
 
 @contextmanager
-def _averaged(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Iterator[None]:
+def averaged(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Iterator[None]:
     """Put averaged weights into the module for a while, where a callback has begun to average them."""
     begun = [
         callback

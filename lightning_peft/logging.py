@@ -29,6 +29,7 @@ FAMILIES = {
     "drift": "how far weights are from where they began, by block",
     "search": "what a search has found and spent",
     "baseline": "what is reached without training",
+    "decoding": "what a decoder writes, and what it costs",
     "meta": "how well tasks adapt, before and after each step",
 }
 """Every family of keys, and what it shows."""

@@ -1,0 +1,156 @@
+"""A decoder writes while a model trains: what is logged is what it writes, and training does not notice."""
+
+import copy
+import pickle
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.loggers import TensorBoardLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_peft.callbacks import DecodingEvaluation, ExactResume
+from lightning_peft.decoding import BeamSearch, BestOfN, Greedy
+from tests.decoding.searched import MANY_ENDS, PROMPTS
+from tests.prompts.language_nets import CAUSAL, tokenizer
+from tests.toy import same, weights
+
+
+class Writer(pl.LightningModule):
+    """A language model with dropout that learns random rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.model = CAUSAL["gpt2"]()
+        self.model.generation_config.eos_token_id = MANY_ENDS
+
+    def training_step(self, batch, batch_idx):
+        return self.model(batch[0], labels=batch[0]).loss
+
+    def train_dataloader(self):
+        ids = torch.randint(5, 300, (16, 6), generator=torch.Generator().manual_seed(2))
+        return DataLoader(TensorDataset(ids), 4, shuffle=True)
+
+    def configure_optimizers(self):
+        return torch.optim.Adam(self.parameters(), 3e-2)
+
+
+def short(texts):
+    return [len(text.completion) < 12 for text in texts]
+
+
+def noisy(texts):
+    torch.rand(3)
+    return short(texts)
+
+
+def evaluation(decoder=None, verifier=short, **options):
+    decoder = decoder or BestOfN(n=3, max_new_tokens=6)
+    return DecodingEvaluation(decoder, PROMPTS, verifier, tokenizer=tokenizer(), **options)
+
+
+def test_training_is_bit_for_bit_what_it_is_without(fit):
+    ends = []
+    for callbacks in ((), (evaluation(verifier=noisy, every_n_steps=1),)):
+        pl.seed_everything(3, verbose=False)
+        net = Writer()
+        fit(net, *callbacks, epochs=2)
+        ends.append(weights(net))
+    assert same(*ends)
+    assert len(callbacks[0].history) == 9
+
+
+def test_what_is_logged_is_what_the_decoder_writes_with_the_weights_there_are(fit):
+    net, decoder = Writer(), BestOfN(n=3, max_new_tokens=6)
+    seen = evaluation(decoder)
+    trainer = fit(net, seen, epochs=2)
+    result = decoder.decode(net.model, tokenizer(), PROMPTS)
+    assert seen.texts == result.texts
+    right = [[len(one.text) < 12 for one in pool] for pool in result.pool]
+    expected = {
+        "accuracy": sum(one[0] for one in right) / 3,
+        "coverage": sum(map(any, right)) / 3,
+        "finished": sum(one.finished for one in result.best) / 3,
+        "tokens": sum(one.tokens for one in result.usage) / 3,
+    }
+    for key, value in expected.items():
+        assert float(trainer.callback_metrics[f"decoding/{key}"]) == pytest.approx(value)
+        assert seen.history[-1][key] == pytest.approx(value)
+    assert seen.history[0] != seen.history[-1]
+
+
+@pytest.mark.parametrize(
+    ("options", "steps"),
+    [({}, [0, 8]), ({"every_n_steps": 3}, [0, 3, 6, 8]), ({"every_n_epochs": 1}, [0, 4, 8])],
+)
+def test_it_measures_before_now_and_then_and_after(fit, options, steps):
+    seen = evaluation(Greedy(max_new_tokens=3), **options)
+    fit(Writer(), seen, epochs=2)
+    assert [row["step"] for row in seen.history] == steps
+
+
+def test_curves_and_texts_stand_in_tensorboard(fit, tmp_path):
+    logger = TensorBoardLogger(tmp_path)
+    fit(Writer(), evaluation(name="best", every_n_epochs=1, samples=2), logger=logger, epochs=2)
+    found = EventAccumulator(logger.log_dir)
+    found.Reload()
+    assert [event.step for event in found.Scalars("decoding/best/accuracy")] == [0, 4, 8]
+    (text,) = found.Tensors("decoding/best/samples/text_summary")[0].tensor_proto.string_val
+    assert text.decode().count("**") == 4
+    assert PROMPTS[0] in text.decode()
+
+
+def test_a_resumed_run_goes_on_with_its_history(fit, tmp_path):
+    whole, first, second = (evaluation(every_n_epochs=1) for _ in range(3))
+    for seen, epochs in ((whole, 2), (first, 1)):
+        pl.seed_everything(3, verbose=False)
+        keep = ModelCheckpoint(tmp_path / str(epochs), save_last=True)
+        fit(Writer(), seen, keep, ExactResume(), epochs=epochs)
+    # The last one was the shorter run's.
+    fit(Writer(), second, ModelCheckpoint(tmp_path / "1"), ExactResume(), epochs=2, ckpt_path=keep.last_model_path)
+    assert [row["step"] for row in second.history] == [0, 4, 8]
+    assert second.history == whole.history
+    assert second.texts == whole.texts
+
+
+def test_averaged_weights_write_once_they_are_averaged(fit):
+    net, seen = Writer(), evaluation(Greedy(max_new_tokens=6), every_n_epochs=1)
+    fit(net, seen, EMAWeightAveraging(decay=0.5), epochs=2)
+    assert seen.texts == Greedy(max_new_tokens=6).decode(net.model, tokenizer(), PROMPTS).texts
+
+
+def test_it_is_copied_and_pickled(fit):
+    seen = evaluation(BeamSearch(num_beams=2, max_new_tokens=4))
+    fit(Writer(), seen)
+    for other in (copy.deepcopy(seen), pickle.loads(pickle.dumps(seen))):
+        assert other.state_dict() == seen.state_dict()
+        assert [one.problem for one in other.drafts] == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("network", "kind", "message"),
+    [
+        ("net", ValueError, "Writer has no network='net'. Nearest: model"),
+        ("model.lm_head", TypeError, "network='model.lm_head' is a Linear"),
+    ],
+)
+def test_what_holds_no_language_model_is_named(fit, network, kind, message):
+    with pytest.raises(kind, match=message):
+        fit(Writer(), evaluation(network=network))
+
+
+@pytest.mark.parametrize(
+    ("prompts", "options", "message"),
+    [
+        ([], {}, "prompts=\\[\\]"),
+        ("one", {}, "prompts='one'"),
+        (["a"], {"every_n_epochs": 0}, "every_n_epochs=0"),
+        (["a"], {"every_n_epochs": 1, "every_n_steps": 1}, "exclude each other"),
+    ],
+)
+def test_a_setting_out_of_range_is_named(prompts, options, message):
+    with pytest.raises(ValueError, match=message):
+        DecodingEvaluation(Greedy(), prompts, short, tokenizer=tokenizer(), **options)
