@@ -46,6 +46,8 @@ bench: $(READY)  ## make the tables of the docs anew (about six hours on two cor
 	$(RUN) benchmarks/linear_probe.py
 	$(RUN) benchmarks/maml.py --page docs/meta-learning.md
 	$(RUN) -m lightning_peft.recipes.maml_sinusoid --page docs/meta-learning.md
+	$(RUN) benchmarks/python_viability.py
+	$(RUN) -m lightning_peft.recipes.code_search --page docs/decoding.md
 	$(RUN) -m lightning_peft.recipes.ladder --seeds 3 --page docs/ladder.md
 	$(RUN) benchmarks/sentiment.py --tune
 	$(RUN) benchmarks/sentiment.py

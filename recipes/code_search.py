@@ -46,7 +46,7 @@ class CodeSearchRun:
         page: A page to write the table into; unset, decoding.md in the folder.
     """
 
-    problems: int = 24
+    problems: int = 16
     beams: tuple[int, ...] = (2, 4)
     samples: int = 8
     max_new_tokens: int = 64

@@ -51,8 +51,9 @@ class Found:
         return np.array([float(getattr(row, what)) for row in rows if suite in (None, row.suite)])
 
     def mean(self, arm: str, width: int, what: str, suite: str | None = None) -> float:
-        """Return a measure's mean over problems."""
-        return float(self.values(arm, width, what, suite).mean())
+        """Return a measure's mean over problems; NaN if the suite has none."""
+        values = self.values(arm, width, what, suite)
+        return float(values.mean()) if len(values) else float("nan")
 
 
 def bootstrap(values: np.ndarray[Any, Any], resamples: int = 10_000, seed: int = 0) -> tuple[float, float]:
@@ -72,7 +73,7 @@ def report(rows: Sequence[CodeRow], options: Any) -> None:
     page = Path(options.page) if options.page else out / "decoding.md"
     found = Found(rows)
     table = shares(found)
-    table.show()
+    shares(found, widest=True).show()
     verdict = gain(found, max(options.beams))
     print(verdict)
     measures = ("tokens", "seconds", "scorer_seconds", "parses", "body_parses", "passed", "shown", "covered")
@@ -85,18 +86,16 @@ def report(rows: Sequence[CodeRow], options: Any) -> None:
     figures = {"code": curves(found), "limits": limits(found)}
     log(out, found, figures)
     for name, figure in figures.items():
-        write_atomic(
-            page.with_name(f"decoding_{name}.png"), lambda place, figure=figure: figure.savefig(place, dpi=110)
-        )
+        write_atomic(page.with_name(f"decoding_{name}.png"), partial(figure.savefig, dpi=110, format="png"))
     write_section(page, section(found, options, table, verdict))
     print(f"Page      {page}\nCurves    tensorboard --logdir {out / 'logs'}")
 
 
-def shares(found: Found) -> TextTable:
-    """Return what each arm reached and what it took, with the bootstrap's 95 % over problems."""
+def shares(found: Found, *, widest: bool = False) -> TextTable:
+    """Return what each arm reached and what it took, with the bootstrap's 95 % over problems; ``widest`` is for terminals."""
     lines = []
     for arm in ARMS:
-        for width in found.widths(arm):
+        for width in found.widths(arm)[-1 if widest else 0 :]:
             cells = [_share(found.values(arm, width, what)) for what in ("parses", "body_parses", "passed")]
             suites = [f"{found.mean(arm, width, 'passed', suite):.2f}" for suite in ("own", "human_eval")]
             cost = [f"{found.mean(arm, width, 'tokens'):.0f}", f"{found.mean(arm, width, 'seconds'):.1f}"]
@@ -126,7 +125,11 @@ def _share(values: np.ndarray[Any, Any]) -> str:
 def gain(found: Found, width: int) -> str:
     """Say by how much the parser's pruning raises the share that parses, pair by pair, and at how many tokens."""
     gains = []
-    for what, words in (("parses", "of texts that parse"), ("passed", "of functions that pass")):
+    for what, words in (
+        ("parses", "of texts that parse"),
+        ("body_parses", "of functions that parse, without what follows them,"),
+        ("passed", "of functions that pass"),
+    ):
         pairs = [found.values(arm, width, what) for arm in ("beam + viability", "beam")]
         low, high = bootstrap(pairs[0] - pairs[1])
         difference = float((pairs[0] - pairs[1]).mean())
@@ -134,7 +137,7 @@ def gain(found: Found, width: int) -> str:
         gains.append(f"the share {words} by {100 * difference:+.0f} points ({interval})")
     tokens = [found.mean(arm, width, "tokens") for arm in ("beam + viability", "beam")]
     spent = f"at {tokens[0]:.0f} tokens instead of {tokens[1]:.0f}"
-    return f"With {width} beams, PythonViability changes {' and '.join(gains)}, {spent}."
+    return f"With {width} beams, PythonViability changes {'; '.join(gains)}; {spent}."
 
 
 def curves(found: Found) -> Figure:
@@ -164,7 +167,9 @@ def _curve(axes: Axes, found: Found, arm: str, what: str, color: str) -> None:
     if not widths:
         return
     tokens = [found.mean(arm, width, "tokens") for width in widths]
-    axes.plot(tokens, [found.mean(arm, width, what) for width in widths], "o-", color=color, markersize=4, label=arm)
+    # Selectors from one pool often agree: their signs differ, so that none hides another.
+    sign = dict(zip(ARMS, ("o-", "s-", "^:", "v:", "x:", "+:"), strict=False))[arm]
+    axes.plot(tokens, [found.mean(arm, width, what) for width in widths], sign, color=color, markersize=6, label=arm)
     if arm.startswith("beam"):
         low, high = zip(*(bootstrap(found.values(arm, width, what)) for width in widths), strict=True)
         axes.fill_between(tokens, low, high, color=color, alpha=0.12, linewidth=0)
@@ -187,8 +192,11 @@ def limits(found: Found) -> Figure:
     axes = figure.add_subplot(1, 2, 1)
     arm = "sample by the first test"
     widths = found.widths(arm)
-    for what, words, style in (("shown", "the test that it was chosen by", "o--"), ("passed", "all tests", "o-")):
-        axes.plot(widths, [found.mean(arm, width, what, "own") for width in widths], style, color="C6", label=words)
+    for what, words, style, color in (
+        ("shown", "the test that it was chosen by", "s--", "C1"),
+        ("passed", "all tests", "o:", "C0"),
+    ):
+        axes.plot(widths, [found.mean(arm, width, what, "own") for width in widths], style, color=color, label=words)
     axes.set(xlabel="samples to choose from", ylabel="own problems: share that passes", ylim=(0, 1.02), xticks=widths)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
@@ -241,8 +249,22 @@ def section(found: Found, options: Any, table: TextTable, verdict: str) -> str:
 
 def limits_in_words(found: Found) -> str:
     """Say where search stops paying, from what was measured."""
-    said: list[Callable[[Found], str | None]] = [_doubling, _optimised, _selectors, _cost]
+    said: list[Callable[[Found], str | None]] = [_after, _doubling, _optimised, _selectors, _cost]
     return "**Limits.** " + " ".join(one for one in (say(found) for say in said) if one)
+
+
+def _after(found: Found) -> str | None:
+    width = max(set(found.widths("beam")) & set(found.widths("beam + viability")), default=1)
+    if width < 2:
+        return None
+    whole, body = (
+        100 * (found.mean("beam + viability", width, what) - found.mean("beam", width, what))
+        for what in ("parses", "body_parses")
+    )
+    return (
+        f"Of the {whole:+.0f} points in texts that parse, {body:+.0f} are the function's own; the others come of what is written "
+        "after it and of where the limit cuts."
+    )
 
 
 def _doubling(found: Found) -> str | None:
@@ -252,7 +274,7 @@ def _doubling(found: Found) -> str | None:
     wide, narrow = widths[-1], widths[-2]
     arm = "beam + viability"
     by = [100 * (found.mean(arm, wide, what) - found.mean(arm, narrow, what)) for what in ("parses", "passed")]
-    return f"From {narrow} to {wide} beams with viability, what parses changes by {by[0]:+.0f} points and what passes by {by[1]:+.0f}."
+    return f"From {narrow} to {wide} beams with viability, what parses changes by {by[0]:+.0f} points, what passes by {by[1]:+.0f}."
 
 
 def _optimised(found: Found) -> str | None:

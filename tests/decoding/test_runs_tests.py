@@ -204,6 +204,18 @@ def test_no_other_process_is_signalled_or_seen(run):
         other.wait()
 
 
+def test_a_right_program_that_breaks_the_system_module_still_passes(run):
+    assert run("import os\nos.write = os._exit = lambda *a: 0\n" + GOOD).kind == "passed"
+
+
+def test_no_capability_is_left(run):
+    program = "import ctypes\nfound = (ctypes.c_uint32 * 6)()\n"
+    program += (
+        "assert ctypes.CDLL(None).capget((ctypes.c_uint32 * 2)(0x20080522, 0), found) == 0\nassert not any(found)\n"
+    )
+    assert run(program + GOOD).kind == "passed"
+
+
 def test_secrets_of_the_environment_are_not_handed_on(run, monkeypatch):
     monkeypatch.setenv("SECRET", "hunter2")
     assert run("import os\nassert 'SECRET' not in os.environ\n" + GOOD).kind == "passed"
