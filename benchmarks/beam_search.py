@@ -1,8 +1,8 @@
 """Our beam search beside transformers' own at the same width: wall time, and what a partial scorer adds.
 
-All arms of a setting take turns in one process and write the same number of tokens (no token ends a text); a ratio is the median
-over rounds of transformers' time divided by ours. The scorer here asks Python's own parser about every candidate; its time stands
-apart.
+All arms of a setting take turns in one process and write the same number of tokens (no token ends a text); a ratio is the
+median over rounds of transformers' time divided by ours. The scorer asks Python's own parser about every candidate; its time
+stands apart.
 
 ``python benchmarks/beam_search.py --page docs/decoding.md``
 """
@@ -174,8 +174,8 @@ def main() -> None:
     geometric = math.exp(statistics.fmean(math.log(row["ratio"]) for row in rows.values()))
     least = min(row["ratio"] for row in rows.values())
     text = (
-        f"{found.markdown()}\n\nGeometric mean of the ratios {geometric:.2f}, least {least:.2f}; medians of "
-        f"{options.rounds} rounds ({machine}). Made by `python benchmarks/beam_search.py --page docs/decoding.md`."
+        f"{found.markdown()}\n\nGeometric mean of the ratios {geometric:.2f}, least {least:.2f}; medians of {options.rounds} "
+        f"rounds ({machine}). Made by `python benchmarks/beam_search.py --page docs/decoding.md`."
     )
     print(text.rpartition("\n\n")[2])
     if options.page:

@@ -1,167 +1,201 @@
-"""What a language model writes while it trains: texts after fixed prompts, judged by a verifier."""
+"""Let a decoder write while a language model trains, and log how much of it is right."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
+from lightning.pytorch.loggers import TensorBoardLogger
 from torch import nn
 from typing_extensions import override
 
-from lightning_peft.callbacks.measuring import forward_context
-from lightning_peft.decoding.draft import Draft, Scorer
-from lightning_peft.decoding.result import Decoder, DecodeResult
+from lightning_peft.callbacks.measuring import averaged, come_first, forward_context
+from lightning_peft.decoding.draft import Draft
+from lightning_peft.decoding.result import Candidate, Decoder
 from lightning_peft.distributed import gather_objects, rank, refuse_sharded, together, world_size
-from lightning_peft.logging import log_text, log_values, register_chart
+from lightning_peft.logging import check_key, log_values, register_chart
+from lightning_peft.matching import nearest
+from lightning_peft.old_task import untouched
 from lightning_peft.one_lightning import refuse_pytorch_lightning
-from lightning_peft.randomness import random_state_kept
 
 _OWNER = "DecodingEvaluation"
+_VALUES = ("accuracy", "coverage", "finished", "tokens")
 
 
 class DecodingEvaluation(pl.Callback):
-    """Decode after fixed prompts before training and after every validation, and log how often a verifier is content.
+    """Log how many of a decoder's texts a verifier accepts, before the first step, now and then, and after the last.
 
-    For each decoder: ``decoding/<name>_right``, the share of prompts whose chosen text is right; ``_covered``, the share with a
-    right text in the pool; ``_tokens``, the mean cost of a prompt. TensorBoard also has the first texts, with their verdicts. It
-    only looks: training is bit-identical with and without it. The processes of DDP share the prompts.
-
-    **The trap:** a verifier that was also a scorer of the search is no judge of it.
+    ``decoding/accuracy`` is the share of prompts whose chosen text is right, ``decoding/coverage`` of those for which any text
+    that was found is, ``decoding/finished`` of those whose chosen text ended by itself, and ``decoding/tokens`` what a prompt
+    costs. Processes share the prompts. Training is bit-identical with and without it. Where a ``WeightAveraging`` callback has
+    begun to average the weights, the averaged ones are measured.
 
     Args:
-        decoders: A decoder, or several by name.
-        prompts: What to write after.
-        verifier: Says which texts are right: above 0.5.
-        tokenizer: Of the model.
-        model: Dotted name of the causal language model in the module; unset, the only one there is.
-        every_n_epochs: Decode after the validation of every so many epochs.
-        shown: How many texts TensorBoard shows.
+        decoder: Any decoder of ``lightning_peft.decoding``.
+        prompts: Texts.
+        verifier: Takes drafts, which know their prompt and its place, and says for each whether it is right.
+        tokenizer: The model's.
+        network: Dotted name of the transformers language model inside the module.
+        name: A part of the keys, ``decoding/<name>/accuracy``, where several stand side by side.
+        every_n_epochs: Measure at the end of every so many epochs.
+        every_n_steps: Measure after every so many optimizer steps.
+        samples: How many prompts' texts TensorBoard shows.
 
     Raises:
-        ValueError: Without prompts or decoders, and for ``every_n_epochs`` below 1; at ``setup``, if the model is not found, or its
-            weights are spread over processes.
+        ValueError: For no prompt, for both intervals or one below 1; at ``setup``, where ``network`` names nothing, and for
+            strategies that shard weights.
+        TypeError: At ``setup``, where what it names is no language model of transformers.
     """
 
     def __init__(
         self,
-        decoders: Decoder | Mapping[str, Decoder],
+        decoder: Decoder,
         prompts: Sequence[str],
-        verifier: Scorer,
+        verifier: Callable[[list[Draft]], Any],
         *,
         tokenizer: Any,
-        model: str | None = None,
-        every_n_epochs: int = 1,
-        shown: int = 4,
+        network: str = "model",
+        name: str | None = None,
+        every_n_epochs: int | None = None,
+        every_n_steps: int | None = None,
+        samples: int = 4,
     ) -> None:
-        self.decoders = dict(decoders) if isinstance(decoders, Mapping) else {type(decoders).__name__.lower(): decoders}
-        if isinstance(prompts, str) or not prompts or not self.decoders:
-            raise ValueError(f"{_OWNER}: prompts={prompts!r} must be a list of texts, and there must be a decoder.")
-        if every_n_epochs < 1:
-            raise ValueError(f"{_OWNER}: every_n_epochs={every_n_epochs!r} must be at least 1.")
-        self.prompts, self.verifier, self.tokenizer = list(prompts), verifier, tokenizer
-        self.model, self.every_n_epochs, self.shown = model, every_n_epochs, shown
+        if isinstance(prompts, str) or not prompts:
+            raise ValueError(f"{_OWNER}: prompts={prompts!r} must be a list of at least one text.")
+        if every_n_epochs is not None and every_n_steps is not None:
+            raise ValueError(f"{_OWNER}: every_n_epochs and every_n_steps exclude each other; give one.")
+        for unit, every in (("every_n_epochs", every_n_epochs), ("every_n_steps", every_n_steps)):
+            if every is not None and (not isinstance(every, int) or every < 1):
+                raise ValueError(f"{_OWNER}: {unit}={every!r} must be a whole number of at least 1.")
+        self.decoder, self.verifier, self.tokenizer = decoder, verifier, tokenizer
+        self.drafts = [Draft("", prompt=prompt, problem=place) for place, prompt in enumerate(prompts)]
+        self.network, self.name, self.samples = network, name, samples
+        self.every_n_epochs, self.every_n_steps = every_n_epochs, every_n_steps
         self.history: list[dict[str, float]] = []
-        """What was logged, with the step."""
+        self.texts: list[str] = []
+        self._measured_at = -1
+
+    @property
+    def state_key(self) -> str:
+        """Name of this callback's state in a checkpoint; callbacks of different names may stand side by side."""
+        return self._generate_state_key(name=self.name)
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         refuse_pytorch_lightning(type(trainer), _OWNER)
-        if stage != "fit":
-            return
-        refuse_sharded(trainer, _OWNER)
-        causal_lm(pl_module, self.model, _OWNER)
-        for kind in ("right", "covered", "tokens"):
-            register_chart(trainer, "Decoding", kind, [f"decoding/{name}_{kind}" for name in self.decoders])
+        if stage == "fit":
+            refuse_sharded(trainer, _OWNER)
+            come_first(trainer, self)
+            keys = [self._key(value) for value in ("accuracy", "coverage")]
+            register_chart(trainer, "Decoding", self.name or "texts that are right", keys)
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.global_step == 0:
+        if not self.history or trainer.global_step == 0:  # a resumed run goes on with what it has measured
             self.history = []
-            self._evaluate(trainer, pl_module)
-        elif self.history:  # a resumed run: what monitors look at is as it was
-            last = {key: torch.tensor(value) for key, value in self.history[-1].items() if key != "step"}
-            trainer.callback_metrics.update(last)
+            self._measure(trainer, pl_module)
 
     @override
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        due = (trainer.current_epoch + 1) % self.every_n_epochs == 0
-        if trainer.state.fn == "fit" and not trainer.sanity_checking and due:
-            self._evaluate(trainer, pl_module)
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self.every_n_steps and trainer.global_step % self.every_n_steps == 0:
+            self._measure_once(trainer, pl_module)
 
-    def _evaluate(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        values: dict[str, float] = {}
-        for name, decoder in self.decoders.items():
-            with random_state_kept(pl_module.device), forward_context(trainer):
-                found = together(_OWNER, partial(self._own_part, pl_module, decoder))
-            rows = sorted(row for part in gather_objects(found) for row in part)
-            for number, kind in enumerate(("right", "covered", "tokens"), start=1):
-                values[f"decoding/{name}_{kind}"] = sum(row[number] for row in rows) / len(rows)
-            log_text(trainer, f"decoding/{name}", "\n\n".join(row[4] for row in rows[: self.shown]))
-        self.history.append({"step": trainer.global_step, **values})
-        log_values(trainer, values)
+    @override
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.every_n_epochs and (trainer.current_epoch + 1) % self.every_n_epochs == 0:
+            self._measure_once(trainer, pl_module)
 
-    def _own_part(self, pl_module: pl.LightningModule, decoder: Decoder) -> list[tuple[int, float, float, float, str]]:
-        """Return a row for each prompt of this process: its place, what is logged, and what is shown."""
-        places = range(rank(), len(self.prompts), world_size())
-        if not places:
-            return []
-        prompts = [
-            Draft("", prompt=self.prompts[place], problem=place) for place in places
-        ]  # numbered as in one process
-        result = decoder.decode(causal_lm(pl_module, self.model, _OWNER), self.tokenizer, prompts)
-        rows = []
-        for number, place in enumerate(places):
-            pool = [candidate.draft for candidate in result.pool[number]]
-            verdicts = [value > 0.5 for value in torch.as_tensor(self.verifier(pool)).tolist()]
-            tokens = float(result.usage[number].tokens)
-            shown = _shown(pool[0], verdicts[0], result, number)
-            rows.append((place, float(verdicts[0]), float(any(verdicts)), tokens, shown))
-        return rows
+    @override
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._measure_once(trainer, pl_module)
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {"history": self.history}
+        return {"history": list(self.history), "texts": list(self.texts), "measured_at": self._measured_at}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.history = state_dict["history"]
+        self.history, self.texts = list(state_dict["history"]), list(state_dict["texts"])
+        self._measured_at = state_dict["measured_at"]
+
+    def _measure_once(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.global_step != self._measured_at:  # accumulation and ends of epochs come back to the same step
+            self._measure(trainer, pl_module)
+
+    def _measure(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        model = language_model_of(pl_module, self.network)
+        with averaged(trainer, pl_module), untouched(pl_module, pl_module.device), forward_context(trainer):
+            mine = together(_OWNER, lambda: self._rows(model))
+        # Every process knows every row, in the order of the prompts: all log, stop and resume by the same values.
+        rows = sorted((row for part in gather_objects(mine) for row in part), key=lambda row: row["problem"])
+        means = {value: sum(row[value] for row in rows) / len(rows) for value in _VALUES}
+        self.history.append({"step": trainer.global_step, **means})
+        self.texts, self._measured_at = [row["text"] for row in rows], trainer.global_step
+        log_values(trainer, {self._key(value): mean for value, mean in means.items()})
+        self._show(trainer, rows[: self.samples])
+
+    def _rows(self, model: Any) -> list[dict[str, Any]]:
+        """Return what this process's share of the prompts has come to."""
+        drafts = self.drafts[rank() :: world_size()]
+        if not drafts:
+            return []
+        result = self.decoder.decode(model, self.tokenizer, drafts)
+        found = [one for pool in result.pool for one in pool]
+        right = dict(zip(map(id, found), map(bool, self.verifier([one.draft for one in found])), strict=True))
+        return [
+            _row(draft, pool, [right[id(one)] for one in pool], usage.tokens)
+            for draft, pool, usage in zip(drafts, result.pool, result.usage, strict=True)
+        ]
+
+    def _key(self, value: str) -> str:
+        return check_key(f"decoding/{self.name}/{value}" if self.name else f"decoding/{value}")
+
+    def _show(self, trainer: pl.Trainer, rows: list[dict[str, Any]]) -> None:
+        # Indented by four, Markdown leaves a text as it is.
+        shown = [
+            f"**{'right' if row['accuracy'] else 'wrong'}**\n\n"
+            + "\n".join(f"    {line}" for line in f"{self.drafts[row['problem']]}{row['text']}".splitlines())
+            for row in rows
+        ]
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero and shown:
+                logger.experiment.add_text(self._key("samples"), "\n\n".join(shown), trainer.global_step)
 
 
-def causal_lm(module: nn.Module, name: str | None, owner: str) -> nn.Module:
-    """Return the causal language model in a module.
-
-    Args:
-        module: Whose.
-        name: Its dotted name; unset, the only one there is.
-        owner: Who asks.
+def language_model_of(module: nn.Module, name: str) -> Any:
+    """Return the language model of transformers that a module holds under a dotted name.
 
     Raises:
-        ValueError: If there is none, or several, or nothing of that name.
+        ValueError: If there is nothing of that name.
+        TypeError: If it is something else, or an encoder with a decoder.
     """
-    if name is not None:
-        found: nn.Module | None = dict(module.named_modules()).get(name)
-        if found is None:
-            known = [key for key, _ in module.named_children()]
-            raise ValueError(f"{owner}: model={name!r} is no module of {type(module).__name__}; it has {known}.")
-        return found
-    writers: dict[str, nn.Module] = {}
-    for key, child in module.named_modules():
-        inside = any(key.startswith(f"{outer}.") for outer in writers)
-        if hasattr(child, "prepare_inputs_for_generation") and not inside:
-            writers[key] = child
-    if len(writers) != 1:
-        raise ValueError(
-            f"{owner}: {type(module).__name__} holds {len(writers)} causal language models {list(writers)}. Say which: model='...'."
+    children = dict(module.named_modules())
+    if name not in children:
+        models = [key for key, child in children.items() if key and _is_language_model(child)]
+        near = ", ".join(models) or nearest(name, [key for key in children if key])
+        raise ValueError(f"{_OWNER}: {type(module).__name__} has no network={name!r}. Nearest: {near}.")
+    found = children[name]
+    if not _is_language_model(found):
+        raise TypeError(
+            f"{_OWNER}: network={name!r} is a {type(found).__name__}; a decoder needs a causal language model of transformers."
         )
-    return next(iter(writers.values()))
+    return found
 
 
-def _shown(draft: Draft, right: bool, result: DecodeResult, number: int) -> str:
-    mark, stopped = "right" if right else "wrong", result.stopped[number] if result.stopped else None
-    code = "\n".join(
-        f"    {line}" for line in str(draft).splitlines()
-    )  # indented: Markdown's way to leave a text alone
-    return f"**{mark}**, score {result.scores[number]:.3f}{f', stopped at {stopped}' if stopped else ''}\n\n{code}"
+def _is_language_model(module: Any) -> bool:
+    config: Any = getattr(module, "config", None)
+    return hasattr(module, "generate") and hasattr(config, "vocab_size") and not config.is_encoder_decoder
+
+
+def _row(draft: Draft, pool: Sequence[Candidate], right: Sequence[bool], tokens: int) -> dict[str, Any]:
+    return {
+        "problem": draft.problem,
+        "text": pool[0].text,
+        "accuracy": float(right[0]),
+        "coverage": float(any(right)),
+        "finished": float(pool[0].finished),
+        "tokens": float(tokens),
+    }

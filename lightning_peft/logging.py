@@ -30,7 +30,7 @@ FAMILIES = {
     "drift": "how far weights are from where they began, by block",
     "search": "what a search has found and spent",
     "baseline": "what is reached without training",
-    "decoding": "what is written after prompts, how often it is right and what it costs",
+    "decoding": "what a decoder writes, and what it costs",
     "meta": "how well tasks adapt, before and after each step",
     "generation": "what a generative model makes, and how near it comes to real data",
 }
@@ -95,24 +95,6 @@ def log_figure(trainer: pl.Trainer, key: str, figure: Figure, *, step: int | Non
                 logger.experiment.add_figure(
                     check_key(key), figure, trainer.global_step if step is None else step, close=False
                 )
-
-
-def log_text(trainer: pl.Trainer, key: str, text: str, *, step: int | None = None) -> None:
-    """Send Markdown to every TensorBoard logger of a trainer.
-
-    Args:
-        trainer: A trainer with any number of loggers, also none.
-        key: Where it stands.
-        text: What to show.
-        step: The optimizer step that it belongs to; unset, the present one.
-
-    Raises:
-        ValueError: For a key that does not follow the grammar.
-    """
-    if trainer.is_global_zero:
-        for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_text(check_key(key), text, trainer.global_step if step is None else step)
 
 
 def log_image(trainer: pl.Trainer, key: str, image: Tensor, *, step: int | None = None) -> None:

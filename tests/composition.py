@@ -18,7 +18,7 @@ import tempfile
 import traceback
 import types
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,6 @@ import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging, ModelCheckpoint
-from torch import nn
 from torch.utils.data import DataLoader
 from torchmetrics.classification import MulticlassAccuracy
 
@@ -50,7 +49,6 @@ from lightning_peft import (
     Verbalizer,
     adapted,
 )
-from lightning_peft.budget import Usage
 from lightning_peft.callbacks import (
     EWC,
     DecayToPretrained,
@@ -74,9 +72,7 @@ from lightning_peft.callbacks import (
     ZeroInitHead,
 )
 from lightning_peft.data import ReservoirBuffer
-from lightning_peft.decoding import DecodeResult
-from lightning_peft.decoding.draft import Draft
-from lightning_peft.decoding.result import Candidate
+from lightning_peft.decoding import Greedy
 from lightning_peft.distributed import rank, world_size
 from lightning_peft.files import write_text
 from lightning_peft.logging import FAMILIES
@@ -84,7 +80,7 @@ from lightning_peft.meta import Episode
 from lightning_peft.mixins.der_mixin import LogitMemory
 from lightning_peft.old_task import evaluate
 from lightning_peft.prompts import PromptSearch, PromptSpace, RandomSearch
-from tests.prompts.language_nets import tokenizer
+from tests.prompts.language_nets import llama, tokenizer
 from tests.toy import Toy, rows, same, weights
 
 ROOT = Path(__file__).parents[1]
@@ -272,20 +268,6 @@ def old_loss(module, batch):
     return torch.nn.functional.cross_entropy(module(batch[0]), batch[1])
 
 
-class Weighing:
-    """Stand for a decoder: a text for each prompt that tells how heavy the first weight is."""
-
-    def decode(self, model: nn.Module, tokenizer: Any, prompts: Sequence[str]) -> DecodeResult:
-        text = "x" * int(1000 * abs(next(model.parameters()).flatten()[0].item()))
-        pool = [[Candidate(Draft(text, prompt=str(prompt)), 0.0, 0.0, True, True, ())] for prompt in prompts]
-        usage, texts = [Usage(tokens=len(text))] * len(prompts), [text] * len(prompts)
-        return DecodeResult(texts, [0.0] * len(prompts), usage, pool, [None] * len(prompts))
-
-
-def heavy(texts: list[Draft]) -> torch.Tensor:
-    return torch.tensor([float(len(text) % 2) for text in texts])
-
-
 def old_task() -> OldTask:
     return OldTask(rows(20, seed=4), MulticlassAccuracy(num_classes=2), old_step)
 
@@ -314,7 +296,9 @@ CALLBACKS: dict[str, Callable[[], pl.Callback]] = {
     "WeightInterpolation": lambda: WeightInterpolation(old_task(), {"old": old_task()}, alphas=[0.0, 0.5, 1.0]),
     "MemoryFill": lambda: MemoryFill(ReservoirBuffer(8), during="batches"),
     "ProbeBaseline": lambda: ProbeBaseline("head"),
-    "DecodingEvaluation": lambda: DecodingEvaluation(Weighing(), ["a", "b", "c"], heavy, tokenizer=None, model="head"),
+    "DecodingEvaluation": lambda: DecodingEvaluation(
+        Greedy(max_new_tokens=2), ["a", "It", "film"], short_texts, tokenizer=tokenizer(), network="writer"
+    ),
     "SampleGrid": lambda: SampleGrid(drawn, count=4, every_n_steps=3),
     "LatentPlane": lambda: LatentPlane(rows(16, seed=5), encode=encoded, every_n_steps=6),
     "GenerationMetrics": lambda: GenerationMetrics(torch.rand(12, 1, 1, 2), drawn, count=8, k=2, every_n_steps=3),
@@ -323,6 +307,10 @@ PROTECTING = list(CALLBACKS)[-12:]
 """They do not touch how a mixin adds weights, so they stand with two modules only; two mixins stand with what feeds them."""
 ALONE = {"no mixin", "LoRAMixin"}
 FED = {"DistillMixin": ("ReplayMixing", "ExactResume"), "DERMixin": ("ReplayMixing", "ExactResume")}
+
+
+def short_texts(texts: list[str]) -> list[bool]:
+    return [len(text) < 8 for text in texts]
 
 
 def make(module: str, callback: str) -> pl.Callback:
@@ -357,6 +345,12 @@ def build(module: str, callback: str, feature: str) -> tuple[Any, Plain]:
     if callback == "ProbeBaseline":
         net.val_dataloader = lambda: DataLoader(rows(16, seed=5), 4 // world_size())
         net.validation_step = types.MethodType(validated, net)
+    if (
+        callback == "DecodingEvaluation"
+    ):  # the toy writes nothing: a language model stands beside it, and does not train
+        with torch.random.fork_rng():
+            torch.manual_seed(1)
+            net.writer = llama().requires_grad_(False)
     net.scheduler, net.logs = FEATURES[feature].get("scheduler", False), not FEATURES[feature].get("compiled")
     return (torch.compile(net, backend="eager") if FEATURES[feature].get("compiled") else net), net
 
@@ -457,7 +451,7 @@ class Witness(pl.Callback):
             "WeightInterpolation": getattr(watched, "alpha", None) is not None,
             "MemoryFill": len(getattr(watched, "buffer", ())) == 8,
             "ProbeBaseline": getattr(watched, "probe_score", None) is not None,
-            "DecodingEvaluation": bool(getattr(watched, "history", None)),
+            "DecodingEvaluation": len(getattr(watched, "history", ())) == 2,
             "SampleGrid": getattr(watched, "samples", None) is not None,
             "LatentPlane": getattr(watched, "latents", None) is not None,
             "GenerationMetrics": getattr(watched, "values", {}).get("nearest", 0) > 0,

@@ -57,16 +57,16 @@ from lightning_peft.callbacks import (
 )
 from lightning_peft.data import EpisodeCollate, EpisodeLoader, EpisodeSampler, FeatureCache
 from lightning_peft.data.episode_loader import EpisodeDataset
-from lightning_peft.decoding import BeamSearch, Sample
-from lightning_peft.decoding.draft import Draft
+from lightning_peft.decoding import BestOfN
 from lightning_peft.distributed import gather_objects, gather_rows, rank, world_size
 from lightning_peft.losses import in_batch_contrastive
 from lightning_peft.metrics import DensityCoverage, PrecisionRecall, RecallAtOne
 from lightning_peft.mixins.prompt_search_mixin import PromptSearchMixin
 from lightning_peft.prompts import Halving, PromptSearch
-from tests.decoding.toy_language import Numbers, Writer
+from tests.decoding.searched import model as sharpened
 from tests.mixins.test_prompt_search_mixin import space
 from tests.mixins.test_prompting_mixin import Module
+from tests.prompts.language_nets import tokenizer
 from tests.resume_matrix import STRATEGIES, differences, remove, shared_folder
 from tests.toy import Toy, rows, weights
 
@@ -407,6 +407,29 @@ def measuring_an_uneven_set() -> Result:
     return {**evaluation.before, **logged, **{f"written {task}": value for task, value in written.items()}}
 
 
+class Writer(RankToy):
+    """The toy, and a language model that writes beside it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = sharpened().requires_grad_(False)
+
+
+def writing_after_an_uneven_set_of_prompts() -> Result:
+    """Three prompts on two processes: each draws the texts of its own, and both know all."""
+
+    def short(texts):
+        return [len(text.completion) < 12 for text in texts]
+
+    decoder, prompts = BestOfN(n=3, max_new_tokens=6), ["a joy", "Review: a dull film", "It"]
+    evaluation = DecodingEvaluation(decoder, prompts, short, tokenizer=tokenizer(), every_n_epochs=1)
+    module = Writer()
+    fit(module, evaluation)
+    last = {key: value for key, value in evaluation.history[-1].items() if key != "step"}
+    texts = {f"text {place}": [ord(letter) for letter in text] for place, text in enumerate(evaluation.texts)}
+    return {**cpu(module), **last, **{key: torch.tensor(value) for key, value in texts.items()}}
+
+
 def gathering_uneven_rows() -> Result:
     """Rank k brings k + 1 rows of five columns; the gradient comes back to each."""
     total = sum(k + 1 for k in range(world_size()))
@@ -615,19 +638,6 @@ def resuming_meta_learning_within_an_epoch() -> Result:
     return cpu(rest)
 
 
-def decoding_shared_prompts() -> Result:
-    """Five prompts on two processes: each is decoded once, and all log the same."""
-    decoders = {"beam": BeamSearch(num_beams=2, max_new_tokens=3), "drawn": Sample(n=3, max_new_tokens=3)}
-    prompts = ["5 6", "7", "8 8 8", "9 4", "6"]
-
-    def even(texts: list[Draft]) -> torch.Tensor:
-        return torch.tensor([float(len(text.completion) % 2 == 0) for text in texts])
-
-    watched = DecodingEvaluation(decoders, prompts, even, tokenizer=Numbers())
-    fit(Writer(), watched, epochs=1, use_distributed_sampler=True)
-    return watched.history[0]
-
-
 CASES: dict[str, Callable[[], Result]] = {
     case.__name__: case
     for case in (
@@ -659,12 +669,12 @@ CASES: dict[str, Callable[[], Result]] = {
         holding_fewer_rows_than_processes,
         everything_together,
         measuring_an_uneven_set,
+        writing_after_an_uneven_set_of_prompts,
         measuring_sharded_weights,
         watching_gradients_and_drift,
         measuring_samples,
         watching_sharded_weights_through_a_resume,
         drifted_replicas_are_noticed,
-        decoding_shared_prompts,
         sharding_a_lora_with_fsdp2,
     )
 }

@@ -37,14 +37,17 @@ class BeamSearch:
 
     Args:
         num_beams: Hypotheses that go on.
-        expand: Candidates a step, as a multiple of ``num_beams``; at least one more than there are ends.
+        expand: Candidates a step, as a multiple of ``num_beams``. Without a partial scorer there are at least one more than
+            ends, as in transformers; with one, dead candidates leave their places to others, if there are any: at 1 the beam
+            gets narrower instead, and cheaper.
         partial: Judges texts that may go on.
         final: Judges texts that have ended; the best of them by it is returned.
         weight: Of the partial scorer's value.
         lookahead: Tokens by which a candidate is continued greedily before the partial scorer sees it.
         budget: Limits for each prompt; when the next step has no room, the best so far is returned.
         length_penalty: Power of the length that log-probabilities are divided by.
-        early_stopping: As in transformers: True, False or ``"never"``.
+        early_stopping: As in transformers: True, False or ``"never"``; or ``"first"``, when ``num_return`` texts have ended:
+            enough where a scorer says which texts may.
         max_new_tokens: Greatest length.
         check_every: ``"line"`` shows the partial scorer whole lines only: fewer questions, later answers.
         num_return: Texts that ``DecodeResult.n_best`` holds of each prompt.
@@ -82,8 +85,10 @@ class BeamSearch:
                 raise ValueError(f"BeamSearch: {name}={value!r} must be a whole number of at least {least}.")
         if not 1 <= self.num_return <= self.num_beams:
             raise ValueError(f"BeamSearch: num_return={self.num_return!r} must be 1 to num_beams={self.num_beams}.")
-        if self.early_stopping not in (True, False, "never"):
-            raise ValueError(f"BeamSearch: early_stopping={self.early_stopping!r} must be True, False or 'never'.")
+        if self.early_stopping not in (True, False, "never", "first"):
+            raise ValueError(
+                f"BeamSearch: early_stopping={self.early_stopping!r} must be True, False, 'never' or 'first'."
+            )
         if self.check_every not in ("token", "line"):
             raise ValueError(f"BeamSearch: check_every={self.check_every!r} must be 'token' or 'line'.")
 
@@ -149,7 +154,8 @@ class _Search:
         logits = self.rows.start(self.prompt_ids, mask, problems)
         self.problems = problems
         beams = [
-            Beam(one, s.num_beams, s.length_penalty, s.weight, s.early_stopping, s.max_new_tokens) for one in problems
+            Beam(one, s.num_beams, s.length_penalty, s.weight, s.early_stopping, s.max_new_tokens, s.num_return)
+            for one in problems
         ]
         for beam in beams:
             beam.running = [Hypothesis(beam.problem, 0, (), 0.0, ended=False)]
@@ -182,7 +188,8 @@ class _Search:
         logprobs = torch.log_softmax(logits, -1)
         if self.process is not None:
             logprobs = self._processed(beams, going, logprobs, self.process)
-        count = s.num_beams * max(s.expand, 2, 1 + len(self.ends))
+        least = max(2, 1 + len(self.ends)) if s.partial is None else 1
+        count = s.num_beams * max(s.expand, least)
         values, places = logprobs.topk(min(count, logprobs.shape[1]))
         # What came before is the same for a whole row: it is added to the few that are left, not to the vocabulary.
         values += torch.tensor([one.logprob for one in going], device=logits.device)[:, None]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-EarlyStopping = bool | Literal["never"]
+EarlyStopping = bool | Literal["never", "first"]
 
 
 @dataclass(slots=True)
@@ -56,7 +56,9 @@ class Beam:
         length_penalty: Power of the length that a log-probability is divided by.
         weight: Of the partial scorer's value.
         early_stopping: True ends a full beam at once, False when the best that goes on is no better at its present length than
-            the worst finished one, ``"never"`` when it could not even be at the greatest length.
+            the worst finished one, ``"never"`` when it could not even be at the greatest length; ``"first"`` ends it with its
+            first finished ones.
+        enough: How many those are.
         max_new_tokens: The greatest length.
     """
 
@@ -66,6 +68,7 @@ class Beam:
     weight: float
     early_stopping: EarlyStopping
     max_new_tokens: int
+    enough: int = 1
     running: list[Hypothesis] = field(default_factory=list)
     found: list[Hypothesis] = field(default_factory=list)
     closed: bool = False
@@ -96,9 +99,9 @@ class Beam:
         self.closed, self.stopped, self.running = True, limit, []
 
     def _done(self) -> bool:
-        if len(self.found) < self.width:
+        if len(self.found) < (self.enough if self.early_stopping == "first" else self.width):
             return False
-        if self.early_stopping is True:
+        if self.early_stopping in (True, "first"):
             return True
         best = self.running[0]
         far = self.early_stopping == "never" and self.length_penalty > 0

@@ -24,7 +24,7 @@ class Judge:
         ValueError: When asked, if the scorer returns another number of values, or one that is NaN.
     """
 
-    def __init__(self, scorer: Scorer | None, usage: Mapping[int, Usage]) -> None:
+    def __init__(self, scorer: Scorer | None, usage: Mapping[int, Usage] | Sequence[Usage]) -> None:
         self.scorer, self.usage = scorer, usage
         self.knows_ends = hasattr(scorer, "finished")
         self._answers: dict[Key, float] = {}

@@ -1,117 +1,156 @@
-"""A decoder is evaluated while a language model trains, and nothing else changes."""
+"""A decoder writes while a model trains: what is logged is what it writes, and training does not notice."""
 
 import copy
 import pickle
 
+import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_peft.callbacks import DecodingEvaluation
-from lightning_peft.decoding import BeamSearch, Greedy, Sample
-from tests.decoding.toy_language import Numbers, Writer
+from lightning_peft.callbacks import DecodingEvaluation, ExactResume
+from lightning_peft.decoding import BeamSearch, BestOfN, Greedy
+from tests.decoding.searched import MANY_ENDS, PROMPTS
+from tests.prompts.language_nets import CAUSAL, tokenizer
 from tests.toy import same, weights
 
-PROMPTS = ["5 6", "7", "8 8 8"]
+
+class Writer(pl.LightningModule):
+    """A language model with dropout that learns random rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.model = CAUSAL["gpt2"]()
+        self.model.generation_config.eos_token_id = MANY_ENDS
+
+    def training_step(self, batch, batch_idx):
+        return self.model(batch[0], labels=batch[0]).loss
+
+    def train_dataloader(self):
+        ids = torch.randint(5, 300, (16, 6), generator=torch.Generator().manual_seed(2))
+        return DataLoader(TensorDataset(ids), 4, shuffle=True)
+
+    def configure_optimizers(self):
+        return torch.optim.Adam(self.parameters(), 3e-2)
 
 
-def even(texts):
-    """Right is what says an even number first; asking costs random numbers, which no one shall miss."""
+def short(texts):
+    return [len(text.completion) < 12 for text in texts]
+
+
+def noisy(texts):
     torch.rand(3)
-    return torch.tensor([float(t.completion.split()[:1] > [] and int(t.completion.split()[0]) % 2 == 0) for t in texts])
+    return short(texts)
 
 
-def evaluation(**given):
-    decoders = {
-        "greedy": Greedy(max_new_tokens=4),
-        "beam": BeamSearch(num_beams=3, max_new_tokens=4),
-        "drawn": Sample(n=4, max_new_tokens=4),
+def evaluation(decoder=None, verifier=short, **options):
+    decoder = decoder or BestOfN(n=3, max_new_tokens=6)
+    return DecodingEvaluation(decoder, PROMPTS, verifier, tokenizer=tokenizer(), **options)
+
+
+def test_training_is_bit_for_bit_what_it_is_without(fit):
+    ends = []
+    for callbacks in ((), (evaluation(verifier=noisy, every_n_steps=1),)):
+        pl.seed_everything(3, verbose=False)
+        net = Writer()
+        fit(net, *callbacks, epochs=2)
+        ends.append(weights(net))
+    assert same(*ends)
+    assert len(callbacks[0].history) == 9
+
+
+def test_what_is_logged_is_what_the_decoder_writes_with_the_weights_there_are(fit):
+    net, decoder = Writer(), BestOfN(n=3, max_new_tokens=6)
+    seen = evaluation(decoder)
+    trainer = fit(net, seen, epochs=2)
+    result = decoder.decode(net.model, tokenizer(), PROMPTS)
+    assert seen.texts == result.texts
+    right = [[len(one.text) < 12 for one in pool] for pool in result.pool]
+    expected = {
+        "accuracy": sum(one[0] for one in right) / 3,
+        "coverage": sum(map(any, right)) / 3,
+        "finished": sum(one.finished for one in result.best) / 3,
+        "tokens": sum(one.tokens for one in result.usage) / 3,
     }
-    return DecodingEvaluation(decoders, PROMPTS, even, tokenizer=Numbers(), **given)
-
-
-def test_what_is_logged_is_what_decoding_gives(fit):
-    module, callback = Writer(), evaluation()
-    before = copy.deepcopy(module)
-    trainer = fit(module, callback, epochs=2)
-    assert [row["step"] for row in callback.history] == [0, 4, 8]
-    for name, decoder in callback.decoders.items():
-        for which, row in ((before, callback.history[0]), (module, callback.history[-1])):
-            result = decoder.decode(which.lm, Numbers(), PROMPTS)
-            assert row[f"decoding/{name}_right"] == pytest.approx(even([c.draft for c in result.best]).mean().item())
-            covered = [even([h.draft for h in pool]).max().item() for pool in result.pool]
-            assert row[f"decoding/{name}_covered"] == pytest.approx(sum(covered) / 3)
-            assert row[f"decoding/{name}_tokens"] == pytest.approx(sum(a.tokens for a in result.usage) / 3)
-        assert trainer.callback_metrics[f"decoding/{name}_right"] == callback.history[-1][f"decoding/{name}_right"]
-
-
-def test_training_is_the_same_to_the_bit(fit):
-    alone, watched = Writer(), Writer()
-    watched.load_state_dict(alone.state_dict())
-    torch.manual_seed(3)
-    fit(alone, epochs=2)
-    state = torch.get_rng_state()
-    torch.manual_seed(3)
-    fit(watched, evaluation(), epochs=2)
-    assert same(weights(alone), weights(watched))
-    assert torch.equal(torch.get_rng_state(), state)
-    assert [m.training for m in watched.modules()] == [m.training for m in alone.modules()]
-
-
-def test_tensorboard_shows_curves_and_texts(fit, tmp_path):
-    fit(Writer(), evaluation(shown=2), epochs=1, logger=TensorBoardLogger(tmp_path))
-    events = EventAccumulator(str(next(tmp_path.rglob("events*")).parent)).Reload()
-    assert {
-        f"decoding/{name}_{kind}" for name in ("greedy", "beam", "drawn") for kind in ("right", "covered", "tokens")
-    } <= set(events.Tags()["scalars"])
-    texts = events.Tensors("decoding/beam/text_summary")
-    assert [event.step for event in texts] == [0, 4]
-    shown = texts[0].tensor_proto.string_val[0].decode()
-    assert shown.count("**right**") + shown.count("**wrong**") == 2
-    assert "    5 6" in shown
-
-
-def test_validations_in_between_and_without_a_fit_are_left_alone(fit, trainer):
-    module, callback = Writer(), evaluation(every_n_epochs=2)
-    fit(module, callback, epochs=3, num_sanity_val_steps=1)
-    assert [row["step"] for row in callback.history] == [0, 8]
-    trainer(callback).validate(module, verbose=False)
-    assert len(callback.history) == 2
-
-
-@pytest.mark.filterwarnings("ignore:The dirpath has changed")
-def test_a_resumed_run_has_the_whole_history(fit, tmp_path):
-    whole = evaluation()
-    fit(Writer(), whole, epochs=3)
-    first = evaluation()
-    fit(Writer(), first, ModelCheckpoint(tmp_path / "run", save_last=True), epochs=2)
-    second = pickle.loads(pickle.dumps(copy.deepcopy(evaluation())))
-    saver = ModelCheckpoint(tmp_path / "run", save_last=True)
-    fit(Writer(), second, saver, ckpt_path=tmp_path / "run" / "last.ckpt", epochs=3)
-    assert second.history == whole.history
+    for key, value in expected.items():
+        assert float(trainer.callback_metrics[f"decoding/{key}"]) == pytest.approx(value)
+        assert seen.history[-1][key] == pytest.approx(value)
+    assert seen.history[0] != seen.history[-1]
 
 
 @pytest.mark.parametrize(
-    ("given", "message"),
-    [({"model": "nothing"}, r"'nothing' .* it has \['lm'\]"), ({"every_n_epochs": 0}, "every_n_epochs=0")],
+    ("options", "steps"),
+    [({}, [0, 8]), ({"every_n_steps": 3}, [0, 3, 6, 8]), ({"every_n_epochs": 1}, [0, 4, 8])],
 )
-def test_what_cannot_be_done_is_said(fit, given, message):
+def test_it_measures_before_now_and_then_and_after(fit, options, steps):
+    seen = evaluation(Greedy(max_new_tokens=3), **options)
+    fit(Writer(), seen, epochs=2)
+    assert [row["step"] for row in seen.history] == steps
+
+
+def test_curves_and_texts_stand_in_tensorboard(fit, tmp_path):
+    logger = TensorBoardLogger(tmp_path)
+    fit(Writer(), evaluation(name="best", every_n_epochs=1, samples=2), logger=logger, epochs=2)
+    found = EventAccumulator(logger.log_dir)
+    found.Reload()
+    assert [event.step for event in found.Scalars("decoding/best/accuracy")] == [0, 4, 8]
+    (text,) = found.Tensors("decoding/best/samples/text_summary")[0].tensor_proto.string_val
+    assert text.decode().count("**") == 4
+    assert PROMPTS[0] in text.decode()
+
+
+def test_a_resumed_run_goes_on_with_its_history(fit, tmp_path):
+    whole, first, second = (evaluation(every_n_epochs=1) for _ in range(3))
+    for seen, epochs in ((whole, 2), (first, 1)):
+        pl.seed_everything(3, verbose=False)
+        keep = ModelCheckpoint(tmp_path / str(epochs), save_last=True)
+        fit(Writer(), seen, keep, ExactResume(), epochs=epochs)
+    # The last one was the shorter run's.
+    fit(Writer(), second, ModelCheckpoint(tmp_path / "1"), ExactResume(), epochs=2, ckpt_path=keep.last_model_path)
+    assert [row["step"] for row in second.history] == [0, 4, 8]
+    assert second.history == whole.history
+    assert second.texts == whole.texts
+
+
+def test_averaged_weights_write_once_they_are_averaged(fit):
+    net, seen = Writer(), evaluation(Greedy(max_new_tokens=6), every_n_epochs=1)
+    fit(net, seen, EMAWeightAveraging(decay=0.5), epochs=2)
+    assert seen.texts == Greedy(max_new_tokens=6).decode(net.model, tokenizer(), PROMPTS).texts
+
+
+def test_it_is_copied_and_pickled(fit):
+    seen = evaluation(BeamSearch(num_beams=2, max_new_tokens=4))
+    fit(Writer(), seen)
+    for other in (copy.deepcopy(seen), pickle.loads(pickle.dumps(seen))):
+        assert other.state_dict() == seen.state_dict()
+        assert [one.problem for one in other.drafts] == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("network", "kind", "message"),
+    [
+        ("net", ValueError, "Writer has no network='net'. Nearest: model"),
+        ("model.lm_head", TypeError, "network='model.lm_head' is a Linear"),
+    ],
+)
+def test_what_holds_no_language_model_is_named(fit, network, kind, message):
+    with pytest.raises(kind, match=message):
+        fit(Writer(), evaluation(network=network))
+
+
+@pytest.mark.parametrize(
+    ("prompts", "options", "message"),
+    [
+        ([], {}, "prompts=\\[\\]"),
+        ("one", {}, "prompts='one'"),
+        (["a"], {"every_n_epochs": 0}, "every_n_epochs=0"),
+        (["a"], {"every_n_epochs": 1, "every_n_steps": 1}, "exclude each other"),
+    ],
+)
+def test_a_setting_out_of_range_is_named(prompts, options, message):
     with pytest.raises(ValueError, match=message):
-        fit(Writer(), evaluation(**given), epochs=1)
-
-
-def test_a_module_without_a_language_model_is_named(fit, net):
-    with pytest.raises(ValueError, match="holds 0 causal"):
-        fit(net, evaluation(), epochs=1)
-    two = Writer()
-    two.other = Writer().lm
-    with pytest.raises(ValueError, match=r"2 causal language models \['lm', 'other'\]"):
-        fit(two, evaluation(), epochs=1)
-    fit(two, evaluation(model="lm"), epochs=1)
-
-
-def test_prompts_are_a_list():
-    with pytest.raises(ValueError, match="list of texts"):
-        DecodingEvaluation(Greedy(), "5 6", even, tokenizer=Numbers())
+        DecodingEvaluation(Greedy(), prompts, short, tokenizer=tokenizer(), **options)
