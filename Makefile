@@ -47,6 +47,8 @@ bench: $(READY)  ## make the tables of the docs anew (about six hours on two cor
 	$(RUN) benchmarks/maml.py --page docs/meta-learning.md
 	$(RUN) -m lightning_peft.recipes.maml_sinusoid --page docs/meta-learning.md
 	$(RUN) benchmarks/python_viability.py
+	$(RUN) benchmarks/beam_search.py --page docs/decoding.md
+	$(RUN) benchmarks/grammar_search.py --seeds 3 --page docs/decoding.md
 	$(RUN) -m lightning_peft.recipes.code_search --page docs/decoding.md
 	$(RUN) -m lightning_peft.recipes.ladder --seeds 3 --page docs/ladder.md
 	$(RUN) -m lightning_peft.recipes.generative --seeds 3 --page docs/generative.md
