@@ -8,6 +8,7 @@ from importlib.util import find_spec
 import pytest
 import torch
 
+from lightning_peft import KVPrefix, LoRA, SoftPrompt, add_adapter
 from lightning_peft.budget import Budget
 from lightning_peft.decoding import BeamSearch, Greedy
 from tests.decoding.searched import MANY_ENDS, PROMPTS, Counting, EvenLength, Without, model, padded
@@ -185,6 +186,35 @@ def test_a_rank_is_the_formula(weight):
     for pool in search.decode(model(seed=1), tokenizer(), PROMPTS).pool:
         for one in pool:
             assert one.score == pytest.approx(one.logprob / len(one.ids) ** 0.7 - weight * len(one.text))
+
+
+def test_first_stops_with_the_first_texts_that_end():
+    net = model(seed=3, scale=4.0, ends=MANY_ENDS)
+    for wanted in (1, 2):
+        search = BeamSearch(num_beams=4, early_stopping="first", num_return=wanted, max_new_tokens=12)
+        for pool in search.decode(net, tokenizer(), PROMPTS).pool:
+            lengths = sorted(len(one.ids) for one in pool)
+            assert len(pool) >= wanted
+            assert sum(length < lengths[-1] for length in lengths) < wanted  # no step was taken after that
+
+
+def test_at_expand_one_the_dead_leave_a_narrower_beam():
+    net = model(seed=1, ends=[])
+    shared = {"num_beams": 4, "partial": Without("aeiou"), "max_new_tokens": 8}
+    narrow, wide = (BeamSearch(expand=one, **shared).decode(net, tokenizer(), PROMPTS).usage for one in (1, 6))
+    assert sum(one.tokens for one in narrow) < sum(one.tokens for one in wide)
+
+
+@pytest.mark.parametrize("adapter", [KVPrefix(tokens=3), SoftPrompt(tokens=3), LoRA(rank=2)])
+def test_an_adapted_model_is_searched_as_transformers_searches_it(adapter):
+    net = add_adapter(model(seed=1), adapter).eval()
+    with torch.no_grad():
+        for name, parameter in net.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_()
+    texts, _ = expected(net, padded(), 8, num_beams=3)
+    best = BeamSearch(num_beams=3, max_new_tokens=8).decode(net, tokenizer(), PROMPTS).best
+    assert [list(one.ids) for one in best] == [cut(row, net.generation_config.eos_token_id) for row in texts]
 
 
 def test_a_log_probability_is_the_model_s_own():
