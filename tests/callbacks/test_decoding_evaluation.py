@@ -116,10 +116,26 @@ def test_a_resumed_run_goes_on_with_its_history(fit, tmp_path):
     assert second.texts == whole.texts
 
 
+class Looking(pl.Callback):
+    """A decoder that looks at the weights it writes with, and a callback that looks at those that train."""
+
+    def __init__(self):
+        self.wrote, self.trained = [], []
+
+    def decode(self, model, tokenizer, prompts):
+        self.wrote.append(weights(model))
+        return Greedy(max_new_tokens=2).decode(model, tokenizer, prompts)
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.trained.append(weights(pl_module.model))
+
+
 def test_averaged_weights_write_once_they_are_averaged(fit):
-    net, seen = Writer(), evaluation(Greedy(max_new_tokens=6), every_n_epochs=1)
-    fit(net, seen, EMAWeightAveraging(decay=0.5), epochs=2)
-    assert seen.texts == Greedy(max_new_tokens=6).decode(net.model, tokenizer(), PROMPTS).texts
+    for averages in (False, True):
+        look = Looking()
+        callbacks = [EMAWeightAveraging(decay=0.5)] if averages else []
+        fit(Writer(), look, evaluation(look, every_n_epochs=1), *callbacks, epochs=2)
+        assert same(look.wrote[1], look.trained[3]) is not averages
 
 
 def test_it_is_copied_and_pickled(fit):

@@ -61,14 +61,20 @@ def test_with_all_samples_coverage_is_the_oracle_s_and_selected_never_more():
 
 
 def test_a_budget_pays_for_the_first_samples_and_coverage_is_pass_at_k_of_as_many():
-    net, sample = model(scale=2.0, ends=MANY_ENDS), Sample(n=6, max_new_tokens=8)
-    pools = sample.decode(net, tokenizer(), PROMPTS[:1]).pool
-    (pool,) = pools
+    net, sample = model(scale=2.0), Sample(n=6, max_new_tokens=8)
+    ((*pool,),) = sample.decode(net, tokenizer(), PROMPTS[:1]).pool
     budget = pool[0].tokens + pool[1].tokens
-    (row,) = compute_curve({"s": sample}, PROMPTS[:1], has_letter, [budget], model=net, tokenizer=tokenizer()).rows
     paid = next(k for k in range(6, 0, -1) if sum(one.tokens for one in pool[:k]) <= budget)
-    correct = sum(one.finished and bool(set("ae") & set(one.text)) for one in pool)
-    assert row.coverage == pytest.approx(pass_at_k(6, correct, paid))
+    assert paid < 5
+
+    def is_last(texts):
+        return [text == pool[-1].draft for text in texts]
+
+    shared = {"model": net, "tokenizer": tokenizer(), "cut_counts": True}
+    (row,) = compute_curve({"s": sample}, PROMPTS[:1], is_last, [budget], **shared).rows
+    # One of six is right, and not among those that are paid for: the chance is that of any so many of the six.
+    assert row.coverage == pytest.approx(paid / 6)
+    assert row.selected == 0
     assert row.tokens == sum(one.tokens for one in pool[:paid])
 
 

@@ -44,6 +44,11 @@ def test_drawn_texts_are_those_of_the_seed_whatever_the_batch_and_the_generators
     assert first.texts == [pool[0].text for pool in first.pool]
 
 
+def test_a_prompt_that_stands_twice_is_drawn_twice():
+    one, other = Sample(n=3, max_new_tokens=8).decode(model(scale=2.0), tokenizer(), [PROMPTS[0]] * 2).pool
+    assert [found.ids for found in one] != [found.ids for found in other]
+
+
 @pytest.mark.parametrize("temperature", [0.7, 1.0, 2.0])
 def test_tokens_are_drawn_as_often_as_the_model_says(temperature):
     net, n = model(scale=3.0), 4000
