@@ -30,8 +30,7 @@ from lightning_peft.data.packaged import language_model
 from lightning_peft.decoding import BeamSearch, DecodeResult
 from lightning_peft.decoding.draft import Draft
 from lightning_peft.files import write_text
-from lightning_peft.recipes.decoding_page import write_section
-from lightning_peft.reporting import TextTable
+from lightning_peft.reporting import TextTable, write_section
 
 PROMPTS = [
     "def mean(values):\n    ",
@@ -190,7 +189,7 @@ def main() -> None:
     )
     print(text.rpartition("\n\n")[2])
     if options.page:
-        write_section(Path(options.page), "speed", text)
+        write_section(Path(options.page), "speed", text, heading="Decoding")
 
 
 if __name__ == "__main__":

@@ -28,8 +28,7 @@ from lightning_peft.decoding import BeamSearch, BestOfN, DecodeResult, Greedy, S
 from lightning_peft.decoding.draft import Draft
 from lightning_peft.decoding.scorers import PythonViability
 from lightning_peft.files import write_text
-from lightning_peft.recipes.decoding_page import write_section
-from lightning_peft.reporting import TextTable
+from lightning_peft.reporting import TextTable, write_section
 
 LENGTH = 90
 Row = dict[str, float]
@@ -145,7 +144,7 @@ def main() -> None:
     text = f"{shown.markdown()}\n\n{verdict(found)}\n\nMade by `python benchmarks/grammar_search.py --page docs/decoding.md`."
     print(verdict(found))
     if options.page:
-        write_section(Path(options.page), "grammar", text)
+        write_section(Path(options.page), "grammar", text, heading="Decoding")
 
 
 if __name__ == "__main__":

@@ -24,8 +24,7 @@ from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
 from lightning_peft.files import write_text
-from lightning_peft.recipes.maml_page import write_section
-from lightning_peft.reporting import TextTable
+from lightning_peft.reporting import TextTable, write_section
 
 TARGETS = {("mlp", 25, 1, "stacked"): 12.0, ("mlp", 25, 1, "compiled"): 30.0}
 TARGETS |= {("conv4", 32, 1, way): 1.5 for way in ("stacked", "16 at a time")}
@@ -139,7 +138,10 @@ def main() -> None:
         made = "Made by `python benchmarks/maml.py --page docs/meta-learning.md`."
         said = "\n".join(f"- {line}" for line in verdicts(results))
         write_section(
-            options.page, "bench", "\n\n".join([about, *(table.markdown() for table in tables(results)), said, made])
+            options.page,
+            "bench",
+            "\n\n".join([about, *(table.markdown() for table in tables(results)), said, made]),
+            heading="Meta-learning",
         )
 
 

@@ -6,15 +6,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.loggers import TensorBoardLogger
 from torch import nn
 from typing_extensions import override
 
-from lightning_peft.callbacks.measuring import averaged, come_first, forward_context
+from lightning_peft.callbacks.measuring import averaged, check_intervals, come_first, forward_context
 from lightning_peft.decoding.draft import Draft
 from lightning_peft.decoding.result import Candidate, Decoder
 from lightning_peft.distributed import gather_objects, rank, refuse_sharded, together, world_size
-from lightning_peft.logging import check_key, log_values, register_chart
+from lightning_peft.logging import check_key, log_text, log_values, register_chart
 from lightning_peft.matching import nearest
 from lightning_peft.old_task import untouched
 from lightning_peft.one_lightning import refuse_pytorch_lightning
@@ -63,11 +62,7 @@ class DecodingEvaluation(pl.Callback):
     ) -> None:
         if isinstance(prompts, str) or not prompts:
             raise ValueError(f"{_OWNER}: prompts={prompts!r} must be a list of at least one text.")
-        if every_n_epochs is not None and every_n_steps is not None:
-            raise ValueError(f"{_OWNER}: every_n_epochs and every_n_steps exclude each other; give one.")
-        for unit, every in (("every_n_epochs", every_n_epochs), ("every_n_steps", every_n_steps)):
-            if every is not None and (not isinstance(every, int) or every < 1):
-                raise ValueError(f"{_OWNER}: {unit}={every!r} must be a whole number of at least 1.")
+        check_intervals(_OWNER, every_n_epochs, every_n_steps)
         self.decoder, self.verifier, self.tokenizer = decoder, verifier, tokenizer
         self.drafts = [Draft("", prompt=prompt, problem=place) for place, prompt in enumerate(prompts)]
         self.network, self.name, self.samples = network, name, samples
@@ -160,9 +155,8 @@ class DecodingEvaluation(pl.Callback):
             + "\n".join(f"    {line}" for line in f"{self.drafts[row['problem']]}{row['text']}".splitlines())
             for row in rows
         ]
-        for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero and shown:
-                logger.experiment.add_text(self._key("samples"), "\n\n".join(shown), trainer.global_step)
+        if shown:
+            log_text(trainer, self._key("samples"), "\n\n".join(shown))
 
 
 def language_model_of(module: nn.Module, name: str) -> Any:

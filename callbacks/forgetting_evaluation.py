@@ -12,7 +12,7 @@ from typing_extensions import override
 
 from lightning_peft.adapters import adapter_disabled
 from lightning_peft.callbacks.forgetting_report import draw_learned, write_summary
-from lightning_peft.callbacks.measuring import check_tasks, come_first, measure, movers
+from lightning_peft.callbacks.measuring import check_intervals, check_tasks, come_first, measure, movers
 from lightning_peft.callbacks.time_share import TimeShare
 from lightning_peft.distillation import adapted_networks
 from lightning_peft.logging import log_figure, log_values, register_chart
@@ -59,11 +59,7 @@ class ForgettingEvaluation(pl.Callback):
         learned: str | None = None,
     ) -> None:
         self.tasks = check_tasks(tasks, _OWNER)
-        if every_n_epochs is not None and every_n_steps is not None:
-            raise ValueError(f"{_OWNER}: every_n_epochs and every_n_steps exclude each other; give one.")
-        for unit, every in (("every_n_epochs", every_n_epochs), ("every_n_steps", every_n_steps)):
-            if every is not None and (not isinstance(every, int) or every < 1):
-                raise ValueError(f"{_OWNER}: {unit}={every!r} must be a whole number of at least 1.")
+        check_intervals(_OWNER, every_n_epochs, every_n_steps)
         if max_fraction_of_time is not None and not 0 < max_fraction_of_time <= 1:
             raise ValueError(f"{_OWNER}: max_fraction_of_time={max_fraction_of_time!r} must lie in (0, 1].")
         self.every_n_epochs, self.every_n_steps = every_n_epochs, every_n_steps

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any
 
 import lightning.pytorch as pl
@@ -17,6 +18,7 @@ from lightning_peft.metrics.manifold import (
     copying,
     density_coverage,
     nearest_distances,
+    neighbour_radii,
     precision_recall,
 )
 
@@ -115,10 +117,24 @@ class GenerationMetrics(Looks):
     def _measure(self, samples: Tensor) -> dict[str, float]:
         nearest = nearest_distances(samples, self.real)
         found = {"nearest": float(nearest.mean())}
-        found |= zip(("precision", "recall"), precision_recall(self.real, samples, k=self.k), strict=True)
-        found |= zip(("density", "coverage"), density_coverage(self.real, samples, k=self.k), strict=True)
+        found |= zip(
+            ("precision", "recall"), precision_recall(self.real, samples, k=self.k, radii=self._radii), strict=True
+        )
+        found |= zip(
+            ("density", "coverage"), density_coverage(self.real, samples, k=self.k, radii=self._radii), strict=True
+        )
         if self.features is not None:
             found["fid"] = frechet_distance(self.features, self.real, samples)
         if self.held_out is not None:
-            found["nearer"], _ = copying(nearest, nearest_distances(self.held_out.cpu(), self.real))
+            found["nearer"], _ = copying(nearest, self._held_out_distances)
         return found
+
+    # What no look changes; taken at the first one, and by the process that measures.
+    @cached_property
+    def _radii(self) -> Tensor:
+        return neighbour_radii(self.real, self.k)
+
+    @cached_property
+    def _held_out_distances(self) -> Tensor:
+        assert self.held_out is not None
+        return nearest_distances(self.held_out.cpu(), self.real)

@@ -26,6 +26,15 @@ def check_tasks(tasks: Mapping[str, OldTask], owner: str) -> dict[str, OldTask]:
     return dict(tasks)
 
 
+def check_intervals(owner: str, every_n_epochs: int | None, every_n_steps: int | None) -> None:
+    """Refuse intervals of both kinds, and one that is no whole number of at least 1."""
+    if every_n_epochs is not None and every_n_steps is not None:
+        raise ValueError(f"{owner}: every_n_epochs and every_n_steps exclude each other; give one.")
+    for unit, every in (("every_n_epochs", every_n_epochs), ("every_n_steps", every_n_steps)):
+        if every is not None and (not isinstance(every, int) or every < 1):
+            raise ValueError(f"{owner}: {unit}={every!r} must be a whole number of at least 1.")
+
+
 def measure(trainer: pl.Trainer, pl_module: pl.LightningModule, tasks: Mapping[str, OldTask]) -> dict[str, float]:
     """Return the value of each task, the same on every rank; training goes on as if nothing had happened.
 

@@ -89,12 +89,8 @@ def log_figure(trainer: pl.Trainer, key: str, figure: Figure, *, step: int | Non
     Raises:
         ValueError: For a key that does not follow the grammar.
     """
-    if trainer.is_global_zero:
-        for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_figure(
-                    check_key(key), figure, trainer.global_step if step is None else step, close=False
-                )
+    for writer in _writers(trainer):
+        writer.add_figure(check_key(key), figure, trainer.global_step if step is None else step, close=False)
 
 
 def log_image(trainer: pl.Trainer, key: str, image: Tensor, *, step: int | None = None) -> None:
@@ -109,10 +105,30 @@ def log_image(trainer: pl.Trainer, key: str, image: Tensor, *, step: int | None 
     Raises:
         ValueError: For a key that does not follow the grammar.
     """
-    if trainer.is_global_zero:
-        for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_image(check_key(key), image, trainer.global_step if step is None else step)
+    for writer in _writers(trainer):
+        writer.add_image(check_key(key), image, trainer.global_step if step is None else step)
+
+
+def log_text(trainer: pl.Trainer, key: str, text: str, *, step: int | None = None) -> None:
+    """Send Markdown to every TensorBoard logger of a trainer.
+
+    Args:
+        trainer: A trainer with any number of loggers, also none.
+        key: Where it stands, as ``decoding/samples``.
+        text: What to show.
+        step: The optimizer step that it belongs to; unset, the present one.
+
+    Raises:
+        ValueError: For a key that does not follow the grammar.
+    """
+    for writer in _writers(trainer):
+        writer.add_text(check_key(key), text, trainer.global_step if step is None else step)
+
+
+def _writers(trainer: pl.Trainer) -> list[Any]:
+    """Return the writers of TensorBoard's files, on the first process; none on others."""
+    loggers = trainer.loggers if trainer.is_global_zero else []
+    return [logger.experiment for logger in loggers if isinstance(logger, TensorBoardLogger)]
 
 
 def register_chart(

@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 
 from lightning_peft.data.mix_loader import Rows, carried_options, row_count
 from lightning_peft.distributed import rank, world_size
+from lightning_peft.eval_mode import eval_mode
 
 
 @dataclass(frozen=True)
@@ -181,11 +182,5 @@ def _update(metric: Metric, arguments: tuple[Any, ...], name: str) -> None:
 @contextmanager
 def untouched(module: nn.Module, device: torch.device) -> Iterator[None]:
     """Run the module in eval mode for a while; modes and generators are as before afterwards."""
-    modes = {child: child.training for child in module.modules()}
-    module.eval()
-    try:
-        with isolate_rng(include_cuda=device.type == "cuda"):
-            yield
-    finally:
-        for child, mode in modes.items():
-            child.training = mode
+    with eval_mode(module), isolate_rng(include_cuda=device.type == "cuda"):
+        yield

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,6 +64,21 @@ class TextTable:
         for row in self.rows:
             table.add_row(*row)
         (console or Console()).print(table)
+
+
+def write_section(page: Path, name: str, text: str, *, heading: str) -> None:
+    """Put a part into a page of several, in place of the one that stands there.
+
+    Args:
+        page: The page.
+        name: Of the part; comments with it mark its ends.
+        text: Markdown.
+        heading: Of a page that is not there yet.
+    """
+    whole = page.read_text(encoding="utf-8") if page.exists() else f"# {heading}\n"
+    part = f"<!-- {name} -->\n{text.strip()}\n<!-- end of {name} -->"
+    pattern = re.compile(rf"<!-- {name} -->.*?<!-- end of {name} -->", re.DOTALL)
+    write_text(page, pattern.sub(lambda _: part, whole) if pattern.search(whole) else f"{whole.rstrip()}\n\n{part}\n")
 
 
 def print_table(title: str, measures: Mapping[str, str], rows: Mapping[str, Row]) -> None:

@@ -124,9 +124,8 @@ class Arms:
                 first = pool[:width]
                 tokens = sum(one.tokens for one in first)
                 for arm, (selector, scorer) in self._selectors(problems).items():
-                    usage = [Usage() for _ in problems]
-                    best = selector.select(first, Judge(scorer, dict(enumerate(usage))))[0]
-                    own = usage[number]
+                    own = Usage()
+                    best = selector.select(first, Judge(scorer, {number: own}))[0]
                     own.tokens = tokens
                     own.seconds = drawn.usage[number].seconds * tokens / max(1, whole) + own.scorer_seconds
                     row = _row(arm, width, problem, best, own)

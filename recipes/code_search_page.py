@@ -10,17 +10,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from matplotlib.figure import Figure
 
-from lightning_peft.files import write_atomic, write_text
+from lightning_peft.decoding.compute_curve import bootstrap_band, pass_at_k
+from lightning_peft.files import write_atomic
 from lightning_peft.recipes.code_search_arms import CodeRow
-from lightning_peft.reporting import TextTable, save_results
+from lightning_peft.reporting import TextTable, save_results, write_section
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-HEADING = "# Decoding\n"
 ARMS = (
     "beam",
     "beam + viability",
@@ -56,15 +57,9 @@ class Found:
         return float(values.mean()) if len(values) else float("nan")
 
 
-def bootstrap(values: np.ndarray[Any, Any], resamples: int = 10_000, seed: int = 0) -> tuple[float, float]:
-    """Return the middle 95 % of the mean of resampled values; of differences by problem, it is the paired bootstrap.
-
-    >>> bootstrap(np.ones(4))
-    (1.0, 1.0)
-    """
-    chosen = np.random.default_rng(seed).integers(len(values), size=(resamples, len(values)))
-    low, high = np.quantile(values[chosen].mean(1), [0.025, 0.975])
-    return float(low), float(high)
+def bootstrap(values: np.ndarray[Any, Any]) -> tuple[float, float]:
+    """Return the middle 95 % of the mean of resampled values; of differences by problem, it is the paired bootstrap."""
+    return bootstrap_band(torch.from_numpy(values), resamples=10_000)
 
 
 def report(rows: Sequence[CodeRow], options: Any) -> None:
@@ -87,7 +82,7 @@ def report(rows: Sequence[CodeRow], options: Any) -> None:
     log(out, found, figures)
     for name, figure in figures.items():
         write_atomic(page.with_name(f"decoding_{name}.png"), partial(figure.savefig, dpi=110, format="png"))
-    write_section(page, section(found, options, table, verdict))
+    write_section(page, "code_search", section(found, options, table, verdict), heading="Decoding")
     print(f"Page      {page}\nCurves    tensorboard --logdir {out / 'logs'}")
 
 
@@ -178,12 +173,8 @@ def _curve(axes: Axes, found: Found, arm: str, what: str, color: str) -> None:
 def coverage(found: Found, widths: Sequence[int]) -> list[float]:
     """Return the chance that any of k samples passes, without bias: Chen et al. 2021, section 2.1."""
     most = max(widths)
-    right = found.values("likeliest sample", most, "covered") * most
-
-    def none_of(k: int, count: float) -> float:
-        return float(np.prod([max(0.0, most - count - one) / (most - one) for one in range(k)]))
-
-    return [float(np.mean([1 - none_of(k, count) for count in right])) for k in widths]
+    right = [round(share * most) for share in found.values("likeliest sample", most, "covered")]
+    return [float(np.mean([pass_at_k(most, count, width) for count in right])) for width in widths]
 
 
 def limits(found: Found) -> Figure:
@@ -316,11 +307,3 @@ def _cost(found: Found) -> str | None:
     return (
         f"The parser takes {100 * part:.1f} % of the time of {widths[-1]} beams, {1e6 * each:.0f} µs for each question."
     )
-
-
-def write_section(page: Path, text: str) -> None:
-    """Put the recipe's part into a page of several, in place of the one that stands there."""
-    whole = page.read_text(encoding="utf-8") if page.exists() else HEADING
-    part = f"<!-- code_search -->\n{text.strip()}\n<!-- end of code_search -->"
-    pattern = re.compile(r"<!-- code_search -->.*?<!-- end of code_search -->", re.DOTALL)
-    write_text(page, pattern.sub(lambda _: part, whole) if pattern.search(whole) else f"{whole.rstrip()}\n\n{part}\n")

@@ -38,7 +38,8 @@ def measured(made: Made, bench: Bench) -> Row:
         return {**dict.fromkeys(COLUMNS, float("nan")), "images": len(images), **made.facts}
     classifier, evaluator, detector = (bench.nets[name] for name in ("classifier", "evaluator", "detector"))
     confidence = ClassifierConfidence(0.99)
-    confidence.update(classifier(images))
+    logits = classifier(images)
+    confidence.update(logits)
     seen = evaluator(images).argmax(1)
     nearest = nearest_distances(images, train)
     precision, recall = precision_recall(train, images)
@@ -46,7 +47,7 @@ def measured(made: Made, bench: Bench) -> Row:
     nearer, z = copying(nearest, nearest_distances(bench.images.test, train))
     return {
         **{name: float(value) for name, value in confidence.compute().items()},
-        "agreement": share(classifier(images).argmax(1) == seen),
+        "agreement": share(logits.argmax(1) == seen),
         "detector": share(detector(images).argmax(1) == 1),
         "nearest": float(nearest.mean()),
         "fid": frechet_distance(evaluator.features, train, images),

@@ -27,7 +27,8 @@ from lightning_peft.data import EpisodicDataModule
 from lightning_peft.data.packaged import load_encoder, minilm
 from lightning_peft.meta import AdaptationCurve
 from lightning_peft.meta.adaptation_curve import curve_figure, interval
-from lightning_peft.recipes.maml_page import adaptation, quiet, save, save_picture, table, trainer, write_section
+from lightning_peft.recipes.maml_page import HEADING, adaptation, quiet, save, save_picture, table, trainer
+from lightning_peft.reporting import write_section
 
 __all__ = ["IntentRun", "main", "run"]
 
@@ -294,7 +295,7 @@ def report(options: IntentRun, everything: dict[int, dict[str, AdaptationCurve]]
         "![accuracy against steps](maml_adapters.png)",
         "Made by `lightning-peft maml_adapters --data data_full.json --page docs/meta-learning.md`.",
     ]
-    write_section(page, "maml_adapters", "\n\n".join(lines))
+    write_section(page, "maml_adapters", "\n\n".join(lines), heading=HEADING)
     print(f"Page      {page}\nCurves    tensorboard --logdir {out}")
 
 

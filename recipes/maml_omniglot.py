@@ -25,8 +25,8 @@ from lightning_peft.data import EpisodicDataModule
 from lightning_peft.data.omniglot import Omniglot
 from lightning_peft.meta import AdaptationCurve
 from lightning_peft.meta.adaptation_curve import curve_figure, interval
-from lightning_peft.recipes.maml_page import adaptation, quiet, save, save_picture, table, trainer, write_section
-from lightning_peft.reporting import TextTable
+from lightning_peft.recipes.maml_page import HEADING, adaptation, quiet, save, save_picture, table, trainer
+from lightning_peft.reporting import TextTable, write_section
 
 __all__ = ["CharacterRun", "main", "run"]
 
@@ -262,7 +262,7 @@ def report(
         "Made by `lightning-peft maml_omniglot --data_dir DIR --page docs/meta-learning.md`.",
     ]
     save_picture(page.with_name("maml_omniglot.png"), curve_figure(curves), out, "meta/adaptation")
-    write_section(page, "maml_omniglot", "\n\n".join(lines))
+    write_section(page, "maml_omniglot", "\n\n".join(lines), heading=HEADING)
     print(f"Page      {page}\nCurves    tensorboard --logdir {out / 'logs'}")
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
@@ -17,11 +16,11 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from matplotlib.figure import Figure
 
 from lightning_peft import MAMLMixin
-from lightning_peft.files import write_atomic, write_text
+from lightning_peft.files import write_atomic
 from lightning_peft.meta import AdaptationCurve, Episode
 from lightning_peft.reporting import TextTable, save_results
 
-HEADING = "# Meta-learning\n"
+HEADING = "Meta-learning"
 
 
 def adaptation(module: MAMLMixin, episodes: Iterable[Episode]) -> AdaptationCurve:
@@ -46,14 +45,6 @@ def table(title: str, curves: Mapping[str, AdaptationCurve], kind: str, steps: S
         shown = [cells[step] if step < len(cells) else "-" for step in steps]
         rows.append((arm, str(len(curve.rows(kind))), *shown))
     return TextTable(title, ["", "tasks", *(f"after {step}" for step in steps)], rows)
-
-
-def write_section(page: Path, name: str, text: str) -> None:
-    """Put a recipe's part into a page of several, in place of the one that stands there."""
-    whole = page.read_text() if page.exists() else HEADING
-    part = f"<!-- {name} -->\n{text.strip()}\n<!-- end of {name} -->"
-    pattern = re.compile(rf"<!-- {name} -->.*?<!-- end of {name} -->", re.DOTALL)
-    write_text(page, pattern.sub(lambda _: part, whole) if pattern.search(whole) else f"{whole.rstrip()}\n\n{part}\n")
 
 
 def save_picture(path: Path, figure: Figure, out: Path, key: str) -> None:

@@ -26,7 +26,8 @@ from lightning_peft import FOMAMLMixin, MAMLMixin, MetaConfig
 from lightning_peft.data import Sinusoids
 from lightning_peft.meta import AdaptationCurve, Episode
 from lightning_peft.meta.adaptation_curve import curve_figure
-from lightning_peft.recipes.maml_page import adaptation, quiet, save, save_picture, table, trainer, write_section
+from lightning_peft.recipes.maml_page import HEADING, adaptation, quiet, save, save_picture, table, trainer
+from lightning_peft.reporting import write_section
 
 __all__ = ["SineRun", "main", "run"]
 
@@ -204,7 +205,7 @@ def report(
         "![fits of one wave after 0, 1, 5 and 10 steps](maml_sinusoid_fits.png)",
         "Made by `lightning-peft maml_sinusoid --page docs/meta-learning.md`.",
     ]
-    write_section(page, "maml_sinusoid", "\n\n".join(lines))
+    write_section(page, "maml_sinusoid", "\n\n".join(lines), heading=HEADING)
     print(f"Page      {page}\nCurves    tensorboard --logdir {out / 'logs'}")
 
 

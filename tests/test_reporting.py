@@ -5,7 +5,14 @@ import json
 
 import pytest
 
-from lightning_peft.reporting import finished_rows, format_value, plot_learned_forgotten, print_table, save_results
+from lightning_peft.reporting import (
+    finished_rows,
+    format_value,
+    plot_learned_forgotten,
+    print_table,
+    save_results,
+    write_section,
+)
 
 ROWS = {
     "full": {"accuracy": 0.84213, "forgetting": 0.2, "code": 0.1, "seconds": 1834.2},
@@ -84,3 +91,11 @@ def test_the_picture_is_a_png_that_grows_with_the_number_of_panels(tmp_path):
         assert data[:8] == b"\x89PNG\r\n\x1a\n"
         widths.append(int.from_bytes(data[16:20]))
     assert widths[1] == 2 * widths[0]
+
+
+def test_a_part_of_a_page_takes_the_place_of_its_old_one(tmp_path):
+    page = tmp_path / "page.md"
+    for name, text in (("one", "first"), ("two", "other"), ("one", r"a \1 second")):
+        write_section(page, name, text, heading="A page")
+    told = "# A page\n\n<!-- one -->\na \\1 second\n<!-- end of one -->\n\n<!-- two -->\nother\n<!-- end of two -->\n"
+    assert page.read_text() == told

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lightning_peft.budget import Budget, Usage
 from lightning_peft.decoding.beams import Beam, EarlyStopping, Hypothesis
+from lightning_peft.decoding.counts import check_counts
 from lightning_peft.decoding.custom_generate import custom_generate
 from lightning_peft.decoding.draft import Draft, Scorer
 from lightning_peft.decoding.judge import Judge
@@ -73,16 +74,8 @@ class BeamSearch:
 
     def __post_init__(self) -> None:
         """Check the settings."""
-        for name, least in [
-            ("num_beams", 1),
-            ("expand", 1),
-            ("lookahead", 0),
-            ("max_new_tokens", 1),
-            ("batch_size", 1),
-        ]:
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise ValueError(f"BeamSearch: {name}={value!r} must be a whole number of at least {least}.")
+        check_counts(self, "num_beams", "expand", "max_new_tokens", "batch_size")
+        check_counts(self, "lookahead", least=0)
         if not 1 <= self.num_return <= self.num_beams:
             raise ValueError(f"BeamSearch: num_return={self.num_return!r} must be 1 to num_beams={self.num_beams}.")
         if self.early_stopping not in (True, False, "never", "first"):
@@ -118,7 +111,7 @@ class BeamSearch:
         beams: list[Beam] = []
         with torch.no_grad(), untouched(model, next(model.parameters()).device):
             for first in range(0, len(usage), self.batch_size):
-                problems = list(range(len(usage)))[first : first + self.batch_size]
+                problems = list(range(first, min(first + self.batch_size, len(usage))))
                 beams += _Search(self, Rows(model, usage), texts, judges[0], ends, process).run(problems)
         scored = self.partial is not None or self.final is not None
         pools = [settled(beam.found, texts, ended_first=scored or beam.stopped is not None) for beam in beams]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_peft.budget import Budget, Usage
+from lightning_peft.decoding.counts import check_counts
 from lightning_peft.decoding.judge import Judge
 from lightning_peft.decoding.result import Candidate, DecodeResult, result_of
 from lightning_peft.decoding.rows import Rows
@@ -62,7 +63,7 @@ class Sample:
 
     A token is drawn by the inverse of its distribution function at a uniform number that belongs to seed, prompt, text and
     place: what is drawn depends neither on the batch nor on the state of a generator, and the first texts of a larger ``n`` are
-        those of a smaller.
+    those of a smaller.
 
     Args:
         n: Texts of each prompt.
@@ -150,7 +151,7 @@ class Writing:
         """
         with torch.no_grad(), untouched(self.model, next(self.model.parameters()).device):
             for first in range(0, len(self.usage), batch_size):
-                self._batch(list(range(len(self.usage)))[first : first + batch_size], n, choose)
+                self._batch(list(range(first, min(first + batch_size, len(self.usage)))), n, choose)
 
     def _batch(self, problems: list[int], n: int, choose: Choose) -> None:
         start = time.perf_counter()
@@ -197,11 +198,3 @@ class Writing:
         for problem in problems:
             self.usage[problem].seconds += (now - start) / len(problems)
         return now
-
-
-def check_counts(settings: object, *names: str) -> None:
-    """Refuse settings that are no whole numbers of at least 1."""
-    for name in names:
-        value = getattr(settings, name)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{type(settings).__name__}: {name}={value!r} must be a whole number of at least 1.")

@@ -108,12 +108,12 @@ def recomputed(
     Returns:
         The outcome, the gradient of the summed total by every parameter, and by all others (None: it depends on none).
     """
-    path, support, states = [_leaves(calls.start(parameters))], [], []
+    path, support, states = [leaves(calls.start(parameters))], [], []
     forward = replace(loop, second_order=False)
     for t in range(loop.steps):
         states.append(loop.generators(None) if loop.generators else None)
         following, losses = forward.step(path[-1], t)
-        path.append(_leaves(following))
+        path.append(leaves(following))
         support.append(losses.detach())
     del following, losses  # they would outlive what is popped below
     queries: list[tuple[float, Tensor]] = []
@@ -151,7 +151,8 @@ def _through(
     more[:] = map(added, more, found[len(parameters) :])
 
 
-def _leaves(parameters: Params) -> Params:
+def leaves(parameters: Params) -> Params:
+    """Return weights that gradients can be taken of, without what led to them."""
     return {name: value.detach().requires_grad_() for name, value in parameters.items()}
 
 

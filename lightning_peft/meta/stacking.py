@@ -74,7 +74,7 @@ def stacked_convolution(layer: Any, inputs: Tensor) -> Tensor:
 
 
 def stacked_batch_norm(layer: Any, inputs: Tensor) -> Tensor:
-    """Return rows normalised by their own statistics (``nn.BatchNorm2d``), whose scales differ from task to task."""
+    """Return an ``nn.BatchNorm1d``, ``2d`` or ``3d`` by statistics of the rows, whose scales differ from task to task."""
     if layer.running_mean is not None or layer.weight is None or not _is_rows(layer, inputs):
         ordinary: Tensor = type(layer).forward(layer, inputs)
         return ordinary

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 from typing_extensions import override
 
+from lightning_peft.eval_mode import eval_mode
+
 
 def frechet_distance(features: Callable[[Tensor], Tensor], real: Tensor, generated: Tensor) -> float:
     """Return the Fréchet distance of two sets of images that are at hand, in this process.
@@ -77,13 +79,8 @@ class FrechetDistance(FrechetInceptionDistance):
         (network,) = self._network
         if not isinstance(network, nn.Module):
             return network(images)
-        modes = {child: child.training for child in network.modules()}
-        network.to(images.device).eval()
-        try:
+        with eval_mode(network.to(images.device)):
             found: Tensor = network(images)
-        finally:
-            for child, mode in modes.items():
-                child.training = mode
         return found
 
 

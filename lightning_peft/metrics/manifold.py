@@ -70,30 +70,35 @@ def covering_balls(points: Tensor, rows: Tensor, radii: Tensor) -> Tensor:
     return torch.cat([(torch.cdist(part, rows) <= radii).sum(1) for part in torch.split(_flat(points), _ROWS)])
 
 
-def precision_recall(real: Tensor, generated: Tensor, *, k: int = 5) -> tuple[float, float]:
+def precision_recall(
+    real: Tensor, generated: Tensor, *, k: int = 5, radii: Tensor | None = None
+) -> tuple[float, float]:
     """Return the share of samples within the real manifold, and of real rows within that of the samples.
 
-    Kynkäänniemi et al. 2019, arXiv:1904.06991, equation 2.
+    Kynkäänniemi et al. 2019, arXiv:1904.06991, equation 2. ``radii`` are ``neighbour_radii(real, k)`` where they are at hand.
 
     >>> real = torch.tensor([[0.0], [1.0], [2.0]])
     >>> precision_recall(real, torch.tensor([[0.5], [0.6], [9.0]]), k=1)
     (0.6666666666666666, 0.6666666666666666)
     """
-    inside = covering_balls(generated, real, neighbour_radii(real, k)) > 0
+    inside = covering_balls(generated, real, neighbour_radii(real, k) if radii is None else radii) > 0
     reached = covering_balls(real, generated, neighbour_radii(generated, k)) > 0
     return float(inside.double().mean()), float(reached.double().mean())
 
 
-def density_coverage(real: Tensor, generated: Tensor, *, k: int = 5) -> tuple[float, float]:
+def density_coverage(
+    real: Tensor, generated: Tensor, *, k: int = 5, radii: Tensor | None = None
+) -> tuple[float, float]:
     """Return how many real balls a sample lies in, over ``k``, and the share of real balls with a sample in them.
 
     Naeem et al. 2020, arXiv:2002.09797, section 3. Outliers among the samples, which inflate recall, cannot do so here.
+    ``radii`` are ``neighbour_radii(real, k)`` where they are at hand.
 
     >>> real = torch.tensor([[0.0], [1.0], [3.0]])
     >>> density_coverage(real, torch.tensor([[0.5], [0.6]]), k=1)
     (2.0, 0.6666666666666666)
     """
-    radii = neighbour_radii(real, k)
+    radii = neighbour_radii(real, k) if radii is None else radii
     density = covering_balls(generated, real, radii).double().mean() / k
     covered = nearest_distances(real, generated) <= radii
     return float(density), float(covered.double().mean())

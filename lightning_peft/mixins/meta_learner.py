@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lightning_peft.meta.adaptation_curve import AdaptationCurve
 from lightning_peft.meta.episode import Episode
-from lightning_peft.meta.inner_loop import InnerLoop, Outcome, added, meta_loss, recomputed
+from lightning_peft.meta.inner_loop import InnerLoop, Outcome, added, leaves, meta_loss, recomputed
 from lightning_peft.meta.inner_rates import Rate
 from lightning_peft.meta.norm_statistics import batch_statistics, frozen_statistics
 from lightning_peft.meta.places import Places
@@ -104,7 +104,7 @@ class MetaLearner:
         with self._conditions(second_order=False):
             for calls in self._chunks(episode, places):
                 loop = self._loop(calls, [1.0], second_order=False)
-                start = parameters = _detached(calls.start(inner))
+                start = parameters = leaves(calls.start(inner))
                 support = []
                 for adapted, losses in self._steps(loop, start, loop.steps):
                     parameters = adapted
@@ -155,7 +155,7 @@ class MetaLearner:
         places = self._places()
         calls = TaskCalls(support_of, None, places)
         with self._evaluating(), self._conditions(second_order=False):
-            parameters = _detached(places.parameters)
+            parameters = leaves(places.parameters)
             loop = self._loop(calls, [1.0], second_order=False)
             for adapted, _ in self._steps(loop, parameters, steps):
                 parameters = adapted
@@ -167,7 +167,7 @@ class MetaLearner:
         for calls in self._chunks(episode, places):
             measured = []
             with self._evaluating(), self._conditions(second_order=False):
-                parameters = _detached(calls.start(places.parameters))
+                parameters = leaves(calls.start(places.parameters))
                 loop = self._loop(calls, [1.0], second_order=False)
                 measured.append(self._told(self._measured, calls, parameters, 0))
                 for t, (adapted, _) in enumerate(self._steps(loop, parameters, self.module.meta.eval_steps)):
@@ -180,7 +180,7 @@ class MetaLearner:
         """Yield the weights after each step, without a graph, and the losses before it."""
         for t in range(steps):
             parameters, losses = self._told(loop.step, parameters, t)
-            parameters = _detached(parameters)
+            parameters = leaves(parameters)
             yield parameters, losses.detach()
 
     @torch.no_grad()
@@ -309,10 +309,6 @@ class MetaLearner:
             if told is error:
                 raise
             raise told from error
-
-
-def _detached(parameters: Params) -> Params:
-    return {name: value.detach().requires_grad_() for name, value in parameters.items()}
 
 
 def _by_task(values: Sequence[Tensor | None]) -> list[list[float]]:

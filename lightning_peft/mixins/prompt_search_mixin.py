@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -16,7 +15,7 @@ from typing_extensions import override
 from lightning_peft.data.content_digest import key_of
 from lightning_peft.data.mix_loader import carried_options
 from lightning_peft.distributed import gather_objects, rank, world_size
-from lightning_peft.logging import log_values, register_chart
+from lightning_peft.logging import log_text, log_values, register_chart
 from lightning_peft.mixins.order import is_mixin, refuse_order
 from lightning_peft.mixins.prompting_mixin import PromptingMixin
 from lightning_peft.prompts.score_cache import ScoreCache
@@ -254,9 +253,7 @@ class PromptSearchMixin(PromptingMixin):
         if rank() == 0:
             slots = {name: "{" + name + "}" for name in report.prompt.slots}
             text = report.prompt.prompt(slots).replace("\n", "  \n")
-            for logger in self.trainer.loggers:
-                if isinstance(logger, TensorBoardLogger):
-                    logger.experiment.add_text("search/prompt", text, self.trainer.global_step)
+            log_text(self.trainer, "search/prompt", text)
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

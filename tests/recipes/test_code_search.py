@@ -11,7 +11,7 @@ from lightning_peft.decoding.draft import Draft
 from lightning_peft.decoding.scorers import PythonParses, PythonViability, RunsTests
 from lightning_peft.recipes import code_search as recipe
 from lightning_peft.recipes.code_search_arms import Arms, CodeRow
-from lightning_peft.recipes.code_search_page import ARMS, Found, bootstrap, coverage, gain, shares, write_section
+from lightning_peft.recipes.code_search_page import ARMS, Found, bootstrap, coverage, gain, shares
 from lightning_peft.recipes.code_search_problems import body_of, mixed_problems, own_problems
 from tests.prompts.language_nets import CAUSAL, tokenizer
 
@@ -101,14 +101,6 @@ def test_the_table_has_a_line_for_each_arm_and_width():
     greedy = dict(zip(table.columns, table.rows[0], strict=True))
     assert greedy["decoder"] == "greedy"
     assert greedy["parses"].startswith("0.25 [")
-
-
-def test_a_section_replaces_its_own_and_leaves_the_rest(tmp_path):
-    page = tmp_path / "decoding.md"
-    page.write_text("# Decoding\n\nKept.\n")
-    write_section(page, "first")
-    write_section(page, r"second \1")
-    assert page.read_text() == "# Decoding\n\nKept.\n\n<!-- code_search -->\nsecond \\1\n<!-- end of code_search -->\n"
 
 
 @pytest.fixture

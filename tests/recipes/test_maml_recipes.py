@@ -28,14 +28,6 @@ def test_two_thousand_steps_are_enough_to_adapt_to_sines(tmp_path):
         assert (tmp_path / name).stat().st_size > 500
 
 
-def test_a_part_of_a_page_takes_the_place_of_its_old_one(tmp_path):
-    page = tmp_path / "page.md"
-    for name, text in (("one", "first"), ("two", "other"), ("one", r"a \1 second")):
-        maml_page.write_section(page, name, text)
-    assert "first" not in page.read_text()
-    assert page.read_text().index(r"a \1 second") < page.read_text().index("other")
-
-
 @pytest.fixture
 def drawings(tmp_path):
     """A folder of drawings in the alphabets that the recipe splits by; characters differ by where their stroke is."""

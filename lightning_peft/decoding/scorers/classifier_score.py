@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch.nn.functional as F  # noqa: N812 - the field's name for it
 from torch import Tensor, nn
 
 from lightning_peft.decoding.scorers.text_scorer import Reads, TextScorer
+from lightning_peft.eval_mode import eval_mode
 
 
 class ClassifierScore(TextScorer):
@@ -62,7 +63,8 @@ class ClassifierScore(TextScorer):
         unique = list(dict.fromkeys(parts))
         found: dict[str, float] = {part: self.answers.ask(part, lambda: 0.0) for part in unique if part in self.answers}
         new = [part for part in unique if part not in found]
-        with _evaluating(self.classifier), torch.no_grad():
+        held = eval_mode(self.classifier) if isinstance(self.classifier, nn.Module) else nullcontext()
+        with held, torch.no_grad():
             for start in range(0, len(new), self.batch_size):
                 batch = new[start : start + self.batch_size]
                 found.update(zip(batch, self._score(batch), strict=True))
@@ -92,19 +94,6 @@ class ClassifierScore(TextScorer):
         else:
             scores = logits.log_softmax(-1)[:, self.target]
         return [float(score) for score in scores]
-
-
-@contextmanager
-def _evaluating(classifier: object) -> Iterator[None]:
-    """Hold a module in eval mode; give each of its parts back the mode that it had."""
-    modes = [(part, part.training) for part in classifier.modules()] if isinstance(classifier, nn.Module) else []
-    if isinstance(classifier, nn.Module):
-        classifier.eval()
-    try:
-        yield
-    finally:
-        for part, training in modes:
-            part.training = training
 
 
 def _device(classifier: object) -> torch.device | None:
