@@ -52,6 +52,7 @@ bench: $(READY)  ## make the tables of the docs anew (about six hours on two cor
 	$(RUN) -m lightning_peft.recipes.code_search --page docs/decoding.md
 	$(RUN) -m lightning_peft.recipes.ladder --seeds 3 --page docs/ladder.md
 	$(RUN) -m lightning_peft.recipes.generative --seeds 3 --page docs/generative.md
+	$(RUN) benchmarks/evaluators.py --page docs/generation_metrics.md
 	$(RUN) benchmarks/sentiment.py --tune
 	$(RUN) benchmarks/sentiment.py
 	$(RUN) benchmarks/sentiment.py --ablate --seeds 0

@@ -62,9 +62,9 @@ def arms(images: Images) -> dict[str, Arm]:
         "ascent from noise": lambda bench: climbed(bench, uniform(bench)(bench.count)),
         "ascent from noise, smooth": lambda bench: climbed(bench, uniform(bench)(bench.count), smooth=SMOOTH),
         "ascent from grey": lambda bench: climbed(bench, torch.full_like(uniform(bench)(bench.count), 0.5)),
-        "ascent from an image": lambda bench: climbed(bench, bench.images.test[: bench.count], turn=True, steps=60),
+        "ascent from an image": lambda bench: climbed(bench, bench.images.test[: bench.count], other=True, steps=60),
         "ascent from an image, near": lambda bench: climbed(
-            bench, bench.images.test[: bench.count], turn=True, steps=60, near=NEAR, smooth=SMOOTH / 3
+            bench, bench.images.test[: bench.count], other=True, steps=60, near=NEAR, smooth=SMOOTH / 3
         ),
     }
     for latents in (8, 2):
@@ -111,10 +111,12 @@ def filtered(bench: Bench, draw: Callable[[int], Tensor], threshold: float) -> M
     return Made(accepted[: bench.count], facts={"acceptance": len(accepted) / drawn, "drawn": drawn})
 
 
-def climbed(bench: Bench, start: Tensor, *, turn: bool = False, **options: Any) -> Made:
-    """Climb to classes in turn; of real images, each to the class after its own."""
+def climbed(bench: Bench, start: Tensor, *, other: bool = False, **options: Any) -> Made:
+    """Climb to classes in turn; with ``other``, from held-out images, each to another class than its own, drawn at random."""
     classes = bench.images.classes
-    wanted = (bench.images.test_labels[: len(start)] + 1) % classes if turn else torch.arange(len(start)) % classes
+    wanted = torch.arange(len(start)) % classes
+    if other:
+        wanted = (bench.images.test_labels[: len(start)] + torch.randint(1, classes, wanted.shape)) % classes
     made, _ = ascend(bench.nets["classifier"], start, wanted, **options)
     return Made(made, wanted, {"moved": float((made - start).flatten(1).norm(dim=1).mean())})
 

@@ -8,8 +8,8 @@ fine-tuned on the support set; nearest centroids of the encoder's sentence vecto
 from __future__ import annotations
 
 import copy
+import itertools
 import json
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,9 +25,20 @@ from typing_extensions import override
 from lightning_peft import LoRA, LoRAMixin, MAMLMixin, MetaConfig
 from lightning_peft.data import EpisodicDataModule
 from lightning_peft.data.packaged import load_encoder, minilm
-from lightning_peft.meta import AdaptationCurve
+from lightning_peft.meta import AdaptationCurve, Episode
 from lightning_peft.meta.adaptation_curve import curve_figure, interval
-from lightning_peft.recipes.maml_page import HEADING, adaptation, quiet, save, save_picture, table, trainer
+from lightning_peft.recipes.maml_page import (
+    HEADING,
+    adaptation,
+    pooled,
+    quiet,
+    save_picture,
+    seeds_told,
+    tables,
+    told,
+    trainer,
+)
+from lightning_peft.recipes.maml_record import FREE, Record
 from lightning_peft.reporting import write_section
 
 __all__ = ["IntentRun", "main", "run"]
@@ -49,8 +60,9 @@ class IntentRun:
         meta_batch: Tasks of a meta-step.
         test_tasks: Tasks of unseen intents.
         rank: Rank of the LoRA.
-        seed: Of weights and episodes.
+        seeds: Runs, from seed 0 on; weights, episodes and the split of intents differ.
         quick: A smoke run.
+        resume: Go on with the killed run in this folder; arms, shots and seeds may be added.
         accelerator: Any Lightning accelerator.
         out: Folder for results, logs and pictures.
         page: A page to write the tables into; unset, maml.md in the folder.
@@ -63,8 +75,9 @@ class IntentRun:
     meta_batch: int = 4
     test_tasks: int = 100
     rank: int = 4
-    seed: int = 0
+    seeds: int = 1
     quick: bool = False
+    resume: bool = False
     accelerator: str = "cpu"
     out: str = "runs/maml_adapters"
     page: str | None = None
@@ -81,7 +94,9 @@ class IntentNet(pl.LightningModule):
         nn.init.zeros_(self.head.bias)
 
     def vectors(self, batch: dict[str, Tensor]) -> Tensor:
-        """Return sentence vectors of length 1, ``(rows, width)``."""
+        """Return sentence vectors of length 1, ``(rows, width)``; a batch may bring them along."""
+        if "vectors" in batch:
+            return batch["vectors"]
         mask = batch["attention_mask"]
         # transformers looks into a mask of two dimensions (is it all ones?), which cannot run on stacked tasks; four it takes.
         seen = mask[:, None, None].expand(-1, 1, mask.shape[1], -1).bool()
@@ -156,15 +171,15 @@ class Tokens:
 
 
 class Intents:
-    """What the arms share: the encoder, the texts and their episodes."""
+    """What the arms of a seed share: the encoder, the texts and their episodes."""
 
-    def __init__(self, options: IntentRun, shots: int) -> None:
+    def __init__(self, options: IntentRun, shots: int, seed: int) -> None:
         from transformers import AutoTokenizer  # noqa: PLC0415 - slow to import
 
-        self.options = options
+        self.options, self.shots, self.seed = options, shots, seed
         self.encoder = load_encoder(str(minilm())).eval()
         self.collate = Tokens(AutoTokenizer.from_pretrained(str(minilm())))
-        self.parts = split_by_intent(options.data, options.seed)
+        self.parts = split_by_intent(options.data, seed)
         self.data = EpisodicDataModule(
             *self.parts.values(),
             k_shot=shots,
@@ -172,13 +187,13 @@ class Intents:
             meta_batch=options.meta_batch,
             episodes=options.steps * options.meta_batch,
             eval_episodes=options.test_tasks - options.test_tasks % options.meta_batch,
-            seed=options.seed,
+            seed=seed,
             collate=self.collate,
         )
 
     def fresh(self, kind: Callable[..., Any], classes: int = 5, **more: Any) -> Any:
         """Return a module on a copy of the encoder, its LoRA in place."""
-        pl.seed_everything(self.options.seed, verbose=False)
+        pl.seed_everything(self.seed, verbose=False)
         adapter = LoRA(rank=self.options.rank, targets=["*query", "*value"])
         module = kind(copy.deepcopy(self.encoder), classes, adapter=adapter, **more)
         module.configure_model()
@@ -188,12 +203,12 @@ class Intents:
         """Return batches of some intents' texts, of as many as a meta-step sees."""
         numbers = {intent: number for number, intent in enumerate(intents)}
         rows = [{**row, "label": numbers[row["label"]]} for row in self.parts["train"] if row["label"] in numbers]
-        generator = torch.Generator().manual_seed(self.options.seed)
+        generator = torch.Generator().manual_seed(self.seed)
         return DataLoader(rows, 128, shuffle=True, collate_fn=self.collate, generator=generator)  # type: ignore[arg-type]
 
 
-def train(arm: str, shared: Intents, out: Path) -> tuple[Any, float]:
-    """Train an arm; return its module and the seconds that it took."""
+def train(arm: str, shared: Intents, record: Record) -> tuple[Any, float]:
+    """Train an arm; return its module and the seconds that it took. MAML's alone depends on the number of shots."""
     config = MetaConfig(inner_lr=1.0, adaptation_steps=2, learn_inner_lr="layer_step")
     loader: Any = None
     if arm == "maml":
@@ -204,99 +219,114 @@ def train(arm: str, shared: Intents, out: Path) -> tuple[Any, float]:
         module, loader = shared.fresh(AdaptedIntentNet, len(intents)), shared.plain(intents)
     else:
         module = shared.fresh(AdaptedIntentNet)
-    start = time.perf_counter()
-    if loader is not None:
-        made = trainer(out, arm, shared.options.steps, loader, accelerator=shared.options.accelerator)
-        made.fit(module, loader)
-    return module, time.perf_counter() - start
+    name = f"{arm} of {shared.shots}-{shared.seed}" if arm == "maml" else f"{arm}-{shared.seed}"
+    options = shared.options
+
+    def fit() -> None:
+        if loader is not None:
+            made = trainer(Path(options.out), name, options.steps, loader, accelerator=options.accelerator)
+            made.fit(module, loader)
+
+    return module, record.trained(name, module, fit)
 
 
-def tested(module: Any, arm: str, rate: float, shared: Intents, loader: Any) -> AdaptationCurve:
+def tested(module: Any, arm: str, rate: float, shared: Intents, episodes: Any) -> AdaptationCurve:
     """Return how an arm adapts to unseen intents, by ten steps; other heads than MAML's begin at zero."""
     if arm == "maml":
         module.meta = MetaConfig(adaptation_steps=2, eval_adaptation_steps=10, learn_inner_lr="layer_step")
-        return adaptation(module, loader)
+        return adaptation(module, episodes)
     adapt = "head" if arm == "probe" else "all"
     other = shared.fresh(MetaIntentNet, meta=MetaConfig(inner_lr=rate, eval_adaptation_steps=10, adapt=adapt))
     other.backbone.load_state_dict(module.backbone.state_dict())
-    return adaptation(other, loader)
-
-
-def chosen_rate(module: Any, arm: str, shared: Intents, episodes: Any) -> float:
-    """Return the rate with the best accuracy after any number of steps on validation intents."""
-    return max(RATES, key=lambda rate: max(tested(module, arm, rate, shared, episodes).means("accuracy")[1:]))
+    return adaptation(other, as_vectors(other.eval(), episodes) if arm == "probe" else episodes)
 
 
 @torch.no_grad()
-def by_centroid(module: IntentNet, loader: Any) -> list[float]:
+def as_vectors(module: IntentNet, episodes: Any) -> list[Episode]:
+    """Return episodes whose texts are sentence vectors already: a frozen encoder need not see them at every step."""
+
+    def side(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        flat = {key: value.flatten(0, 1) for key, value in batch.items()}
+        return {"vectors": module.vectors(flat).view(*batch["label"].shape, -1), "label": batch["label"]}
+
+    return [Episode(side(episode.support), side(episode.query)) for episode in episodes]
+
+
+def chosen_rate(module: Any, arm: str, shared: Intents) -> float:
+    """Return the rate with the best accuracy after any number of steps on eight tasks of validation intents or more."""
+    least = -(-8 // shared.options.meta_batch)
+    few = list(itertools.islice(shared.data.val_dataloader(), least))
+    return max(RATES, key=lambda rate: max(tested(module, arm, rate, shared, few).means("accuracy")[1:]))
+
+
+def by_centroid(module: IntentNet, episodes: Any) -> list[float]:
     """Return the accuracy of each task by the nearest mean of its support vectors."""
     found = []
-    for episode in loader:
+    for episode in as_vectors(module, episodes):
         for task in episode.chunks(1):
-            support, query = task.only()[:2]
-            vectors, labels = module.vectors(support), support["label"]
+            (vectors, labels), (queries, classes) = (
+                (side["vectors"], side["label"]) for side in (task.only().support, task.only().query)
+            )
             centres = F.normalize(torch.stack([vectors[labels == one].mean(0) for one in labels.unique()]), dim=1)
-            right = (module.vectors(query) @ centres.T).argmax(1) == query["label"]
-            found.append(float(right.float().mean()))
+            found.append(float(((queries @ centres.T).argmax(1) == classes).float().mean()))
     return found
 
 
-def run(options: IntentRun) -> dict[int, dict[str, AdaptationCurve]]:
-    """Train and test all arms at each number of shots; write tables and pictures."""
+def run(options: IntentRun) -> dict[int, dict[str, list[AdaptationCurve]]]:
+    """Train and test all arms at each number of shots; write tables and pictures; return the curves of each seed."""
     if not options.data:
         raise ValueError(
             "maml_adapters: --data is needed: CLINC150's data_full.json, or a JSON of lists of (text, intent)."
         )
     if options.quick:
         options.steps, options.test_tasks = min(options.steps, 4), min(options.test_tasks, 8)
-    everything, parts = {}, []
-    for shots in options.shots:
-        shared = Intents(options, shots)
-        few = list(shared.data.val_dataloader())[:4]
-        curves, more = {}, {}
+    record = Record("maml_adapters", Path(options.out), options, free=FREE | {"shots"})
+    nearest: dict[int, list[float]] = {shots: [] for shots in options.shots}
+    for seed, shots in itertools.product(range(options.seeds), options.shots):
+        shared = Intents(options, shots, seed)
+        test = shared.data.test_dataloader()
+        nearest[shots] += by_centroid(shared.fresh(AdaptedIntentNet).eval(), test)
         for arm in options.arms:
-            module, seconds = train(arm, shared, Path(options.out) / f"shots_{shots}")
-
-            rate = 1.0 if arm == "maml" else chosen_rate(module, arm, shared, few)
-            curves[arm] = tested(module, arm, rate, shared, shared.data.test_dataloader())
-            more[arm] = {"seconds": seconds, "rate": rate}
-        nearest = by_centroid(shared.fresh(AdaptedIntentNet).eval(), shared.data.test_dataloader())
-        save(Path(options.out) / f"shots_{shots}", curves, options, more)
-        parts.append(part(shots, curves, more, nearest))
-        everything[shots] = curves
-    report(options, everything, parts)
-    return everything
+            module, seconds = train(arm, shared, record)
+            if not record.has(name := f"{arm} of {shots}-{seed}"):
+                rate = 1.0 if arm == "maml" else chosen_rate(module, arm, shared)
+                record.add(name, tested(module, arm, rate, shared, test), {"seconds": seconds, "rate": rate})
+    return report(options, record, nearest)
 
 
-def part(shots: int, curves: dict[str, AdaptationCurve], more: dict[str, Any], nearest: list[float]) -> str:
-    """Print the table of one number of shots, and return it for the page."""
-    title = (
-        f"Accuracy on unseen intents, {shots} example{'s' if shots > 1 else ''} each: mean ± 95 % over tasks (median)"
-    )
-    found = table(title, curves, "accuracy", SHOWN)
-    found.show()
-    centre = f"Nearest centroid of MiniLM's vectors: {sum(nearest) / len(nearest):.3f} ± {interval(nearest):.3f}."
-    print(centre)
-    took = "; ".join(f"{arm}: {one['seconds']:.0f} s, rate {one['rate']:g}" for arm, one in more.items())
-    return f"{found.markdown()}\n\n{centre} {took}."
-
-
-def report(options: IntentRun, everything: dict[int, dict[str, AdaptationCurve]], parts: list[str]) -> None:
-    """Write page and picture."""
+def report(
+    options: IntentRun, record: Record, nearest: dict[int, list[float]]
+) -> dict[int, dict[str, list[AdaptationCurve]]]:
+    """Print the tables, and write page and picture."""
     out = Path(options.out)
     page = Path(options.page) if options.page else out / "maml.md"
-    curves = {f"{arm}, {shots}": curve for shots, found in everything.items() for arm, curve in found.items()}
-    save_picture(page.with_name("maml_adapters.png"), curve_figure(curves), out, "meta/adaptation")
+    everything, parts = {}, []
+    for shots, centre in nearest.items():
+        curves, facts = record.by_arm([f"{arm} of {shots}" for arm in options.arms], options.seeds)
+        title = f"Accuracy on unseen intents, {shots} example{'s' if shots > 1 else ''} each"
+        found = tables(f"{title}: mean ± 95 % over tasks (median)", curves, "accuracy", SHOWN)
+        for one in found:
+            one.show()
+        said = f"Nearest centroid of MiniLM's vectors: {sum(centre) / len(centre):.3f} ± {interval(centre):.3f}. {told(facts)}"
+        print(said)
+        parts += [*(one.markdown() for one in found), said]
+        everything[shots] = curves
+    drawn = {arm: pooled(seeds) for curves in everything.values() for arm, seeds in curves.items()}
+    save_picture(page.with_name("maml_adapters.png"), curve_figure(drawn), out, "meta/adaptation")
+    shots_told = " ".join(map(str, options.shots))
     lines = [
         "## Intents from a few examples",
         f"5-way, {options.steps} steps of {options.meta_batch} tasks, LoRA of rank {options.rank} on queries and values of MiniLM, "
-        f"seed {options.seed}. MAML learns a rate for each tensor and step; the others' rate is chosen on validation intents.",
+        f"{seeds_told(options.seeds)}. MAML learns a rate for each tensor and step; the others' rate is chosen on validation "
+        "intents.",
         *parts,
         "![accuracy against steps](maml_adapters.png)",
-        "Made by `lightning-peft maml_adapters --data data_full.json --page docs/meta-learning.md`.",
+        f"Made by `lightning-peft maml_adapters --data data_full.json --shots {shots_told} --seeds {options.seeds} "
+        f"--test_tasks {options.test_tasks} --page docs/meta-learning.md`.",
     ]
     write_section(page, "maml_adapters", "\n\n".join(lines), heading=HEADING)
-    print(f"Page      {page}\nCurves    tensorboard --logdir {out}")
+    print(f"Page      {page}\nCurves    tensorboard --logdir {out / 'logs'}")
+    return everything
 
 
 def main(args: list[str] | None = None) -> None:
@@ -308,7 +338,10 @@ def main(args: list[str] | None = None) -> None:
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS), help="which arms")
     parser.add_argument("--shots", nargs="+", type=int, default=list(IntentRun.shots), help="examples of each intent")
     parser.add_argument("--quick", action="store_true", help="a smoke run")
-    parser.add_class_arguments(IntentRun, skip={"arms", "quick", "data", "shots"})
+    parser.add_argument(
+        "--resume", action="store_true", help="go on with the killed run in --out; more may be asked of it"
+    )
+    parser.add_class_arguments(IntentRun, skip={"arms", "quick", "resume", "data", "shots"})
     quiet()
     found = parser.parse_args(args).as_dict()
     run(IntentRun(**found | {"arms": tuple(found["arms"]), "shots": tuple(found["shots"])}))

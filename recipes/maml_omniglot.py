@@ -7,7 +7,6 @@ tested by gradient steps on the same drawings of the same unseen characters.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +24,19 @@ from lightning_peft.data import EpisodicDataModule
 from lightning_peft.data.omniglot import Omniglot
 from lightning_peft.meta import AdaptationCurve
 from lightning_peft.meta.adaptation_curve import curve_figure, interval
-from lightning_peft.recipes.maml_page import HEADING, adaptation, quiet, save, save_picture, table, trainer
+from lightning_peft.recipes.maml_page import (
+    HEADING,
+    Facts,
+    adaptation,
+    pooled,
+    quiet,
+    save_picture,
+    seeds_told,
+    tables,
+    told,
+    trainer,
+)
+from lightning_peft.recipes.maml_record import Record
 from lightning_peft.reporting import TextTable, write_section
 
 __all__ = ["CharacterRun", "main", "run"]
@@ -48,8 +59,9 @@ class CharacterRun:
         meta_batch: Tasks of a meta-step.
         filters: Channels of each convolution; the paper has 64.
         test_tasks: Tasks from unseen alphabets.
-        seed: Of weights and episodes.
+        seeds: Runs, from seed 0 on; weights and episodes differ.
         quick: Few steps, and no verdict worth the name.
+        resume: Go on with the killed run in this folder; arms and seeds may be added.
         accelerator: Any Lightning accelerator.
         out: Folder for results, logs and pictures.
         page: A page to write the tables into; unset, maml.md in the folder.
@@ -61,8 +73,9 @@ class CharacterRun:
     meta_batch: int = 16
     filters: int = 32
     test_tasks: int = 300
-    seed: int = 0
+    seeds: int = 1
     quick: bool = False
+    resume: bool = False
     accelerator: str = "cpu"
     out: str = "runs/maml_omniglot"
     page: str | None = None
@@ -120,9 +133,11 @@ SETTINGS: dict[str, tuple[Callable[..., CharacterNet], dict[str, Any]]] = {
 }
 
 
-def train(arm: str, options: CharacterRun, characters: dict[str, Omniglot]) -> tuple[CharacterNet, float]:
+def train(
+    arm: str, options: CharacterRun, seed: int, characters: dict[str, Omniglot], record: Record
+) -> tuple[CharacterNet, float]:
     """Train an arm; return the network and the seconds that it took."""
-    pl.seed_everything(options.seed, verbose=False)
+    pl.seed_everything(seed, verbose=False)
     rows = characters["train"]
     loader: Any
     if arm in META:
@@ -136,26 +151,28 @@ def train(arm: str, options: CharacterRun, characters: dict[str, Omniglot]) -> t
             n_query=queries,
             meta_batch=options.meta_batch,
             episodes=options.steps * options.meta_batch,
-            seed=options.seed,
+            seed=seed,
         ).train_dataloader()
     else:
         classes = sorted(set(rows.labels))
         chosen = classes[::-1][:5] if arm == "specialist" else classes
         network = CharacterNet(options.filters, len(chosen))
-        loader = plain(rows, chosen, options)
-    start = time.perf_counter()
-    if arm != "scratch":
-        made = trainer(Path(options.out), arm, options.steps, loader, accelerator=options.accelerator)
-        made.fit(network, loader)
-    return network, time.perf_counter() - start
+        loader = plain(rows, chosen, options, seed)
+
+    def fit() -> None:
+        if arm != "scratch":
+            made = trainer(Path(options.out), f"{arm}-{seed}", options.steps, loader, accelerator=options.accelerator)
+            made.fit(network, loader)
+
+    return network, record.trained(f"{arm}-{seed}", network, fit)
 
 
-def plain(rows: Omniglot, classes: list[str], options: CharacterRun) -> DataLoader[Any]:
+def plain(rows: Omniglot, classes: list[str], options: CharacterRun, seed: int) -> DataLoader[Any]:
     """Return batches of some classes, as many drawings to a step as a meta-step of MAML sees."""
     numbers = {label: number for number, label in enumerate(classes)}
     kept = [row for row, label in enumerate(rows.labels) if label in numbers]
     targets = torch.tensor([numbers[rows.labels[row]] for row in kept])
-    generator = torch.Generator().manual_seed(options.seed)
+    generator = torch.Generator().manual_seed(seed)
     size = min(5 * 16 * options.meta_batch // 4, len(kept))
     return DataLoader(TensorDataset(rows.images[kept], targets), size, shuffle=True, generator=generator)
 
@@ -188,8 +205,8 @@ def by_centroid(features: Callable[[Tensor], Tensor], episodes: Any) -> list[flo
     return found
 
 
-def run(options: CharacterRun) -> dict[str, AdaptationCurve]:
-    """Train all arms, test them and write table and picture; return the curves."""
+def run(options: CharacterRun) -> dict[str, list[AdaptationCurve]]:
+    """Train all arms, test them and write table and picture; return the curves of each seed."""
     if not options.data_dir:
         raise ValueError(
             "maml_omniglot: --data-dir is needed: a folder with images_background_small1.zip and ...2.zip."
@@ -202,66 +219,89 @@ def run(options: CharacterRun) -> dict[str, AdaptationCurve]:
         name: Omniglot(options.data_dir, alphabets, rotations=4 if name == "train" else 1)
         for name, alphabets in split.items()
     }
-    data = EpisodicDataModule(
-        *characters.values(), n_query=10, meta_batch=4, eval_episodes=options.test_tasks, seed=options.seed
-    )
-    few = EpisodicDataModule(*characters.values(), n_query=5, meta_batch=4, eval_episodes=24, seed=options.seed)
-    curves, more, networks = {}, {}, {}
+    record = Record("maml_omniglot", Path(options.out), options)
+    nearest: dict[str, list[float]] = {}
+    for seed in range(options.seeds):
+        networks = one_seed(options, seed, characters, record)
+        test = episodes(characters, seed, n_query=10, tasks=options.test_tasks).test_dataloader()
+        for name, found in centroids(networks, test).items():
+            nearest.setdefault(name, []).extend(found)
+    curves, facts = record.by_arm(options.arms, options.seeds)
+    report(options, (curves, facts), nearest, characters)
+    return curves
+
+
+def episodes(characters: dict[str, Omniglot], seed: int, *, n_query: int, tasks: int) -> EpisodicDataModule:
+    """Return fixed tasks of unseen characters."""
+    return EpisodicDataModule(*characters.values(), n_query=n_query, meta_batch=4, eval_episodes=tasks, seed=seed)
+
+
+def one_seed(
+    options: CharacterRun, seed: int, characters: dict[str, Omniglot], record: Record
+) -> dict[str, CharacterNet]:
+    """Train and test the arms of a seed; return their networks."""
+    few = episodes(characters, seed, n_query=5, tasks=24)
+    networks = {}
     for arm in options.arms:
-        networks[arm], seconds = train(arm, options, characters)
+        networks[arm], seconds = train(arm, options, seed, characters, record)
+        if record.has(f"{arm}-{seed}"):
+            continue
 
         def after(rate: float, arm: str = arm) -> float:
             return max(tested(networks[arm], arm, rate, few.val_dataloader(), options.filters).means("accuracy")[1:])
 
-        rates = (SETTINGS[arm][1]["inner_lr"], 0.1) if arm in META else RATES
-        rate = max(rates, key=after)
-        curves[arm] = tested(networks[arm], arm, rate, data.test_dataloader(), options.filters)
-        more[arm] = {"seconds": seconds, "rate": rate}
-    save(Path(options.out), curves, options, more)
-    report(options, curves, more, centroids(networks, data), characters)
-    return curves
+        rate = max((SETTINGS[arm][1]["inner_lr"], 0.1) if arm in META else RATES, key=after)
+        test = episodes(characters, seed, n_query=10, tasks=options.test_tasks).test_dataloader()
+        curve = tested(networks[arm], arm, rate, test, options.filters)
+        record.add(f"{arm}-{seed}", curve, {"seconds": seconds, "rate": rate})
+    return networks
 
 
-def centroids(networks: dict[str, CharacterNet], data: EpisodicDataModule) -> dict[str, list[float]]:
+def centroids(networks: dict[str, CharacterNet], test: Any) -> dict[str, list[float]]:
     """Return accuracies of nearest centroids, by what they measure distances in."""
-    found = {"pixels": by_centroid(lambda images: images.flatten(1), data.test_dataloader())}
+    found = {"pixels": by_centroid(lambda images: images.flatten(1), test)}
     for arm in ("joint", "scratch"):
         if arm in networks:
-            found[f"features of {arm}"] = by_centroid(networks[arm].eval().body, data.test_dataloader())
+            found[f"features of {arm}"] = by_centroid(networks[arm].eval().body, test)
     return found
 
 
 def report(
     options: CharacterRun,
-    curves: dict[str, AdaptationCurve],
-    more: dict[str, Any],
+    measured: tuple[dict[str, list[AdaptationCurve]], dict[str, list[Facts]]],
     nearest: dict[str, list[float]],
     characters: dict[str, Omniglot],
 ) -> None:
     """Print the tables, and write page and picture."""
     out = Path(options.out)
     page = Path(options.page) if options.page else out / "maml.md"
-    found = table("Accuracy on unseen alphabets: mean ± 95 % over tasks (median)", curves, "accuracy", SHOWN)
+    curves, facts = measured
+    found = tables("Accuracy on unseen alphabets: mean ± 95 % over tasks (median)", curves, "accuracy", SHOWN)
     centres = TextTable(
         "Nearest centroid, without any step",
         ["in", "tasks", "accuracy"],
         [(name, str(len(v)), f"{sum(v) / len(v):.3f} ± {interval(v):.3f}") for name, v in nearest.items()],
     )
-    found.show()
-    centres.show()
-    took = "; ".join(f"{arm}: {one['seconds']:.0f} s, rate {one['rate']:g}" for arm, one in more.items())
+    for one in (*found, centres):
+        one.show()
     counts = ", ".join(f"{name} {len(set(rows.labels))}" for name, rows in characters.items())
     lines = [
         "## Characters from one drawing",
-        f"5-way 1-shot, {options.steps} steps of {options.meta_batch} tasks, {options.filters} filters, seed {options.seed}; "
-        f"classes: {counts} (training ones turned by 90 degrees count apart). Rates are chosen on the validation alphabet. "
-        f"Batch statistics, so transductive. {took}.",
-        found.markdown(),
-        centres.markdown(),
+        f"5-way 1-shot, {options.steps} steps of {options.meta_batch} tasks, {options.filters} filters, "
+        f"{seeds_told(options.seeds)}; classes: {counts} (training ones turned by 90 degrees count apart). Rates are chosen on "
+        "the validation alphabet. "
+        f"Batch statistics, so transductive. {told(facts)}",
+        *(one.markdown() for one in (*found, centres)),
         "![accuracy against steps](maml_omniglot.png)",
-        "Made by `lightning-peft maml_omniglot --data_dir DIR --page docs/meta-learning.md`.",
+        f"Made by `lightning-peft maml_omniglot --data-dir DIR --steps {options.steps} --test_tasks {options.test_tasks} "
+        f"--seeds {options.seeds} --page docs/meta-learning.md`.",
     ]
-    save_picture(page.with_name("maml_omniglot.png"), curve_figure(curves), out, "meta/adaptation")
+    save_picture(
+        page.with_name("maml_omniglot.png"),
+        curve_figure({arm: pooled(seeds) for arm, seeds in curves.items()}),
+        out,
+        "meta/adaptation",
+    )
     write_section(page, "maml_omniglot", "\n\n".join(lines), heading=HEADING)
     print(f"Page      {page}\nCurves    tensorboard --logdir {out / 'logs'}")
 
@@ -274,7 +314,10 @@ def main(args: list[str] | None = None) -> None:
     parser.add_argument("--data_dir", "--data-dir", required=True, help="folder with Omniglot's archives or drawings")
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS), help="which arms")
     parser.add_argument("--quick", action="store_true", help="a smoke run")
-    parser.add_class_arguments(CharacterRun, skip={"arms", "quick", "data_dir"})
+    parser.add_argument(
+        "--resume", action="store_true", help="go on with the killed run in --out; arms and seeds may be added"
+    )
+    parser.add_class_arguments(CharacterRun, skip={"arms", "quick", "resume", "data_dir"})
     quiet()
     found = parser.parse_args(args).as_dict()
     run(CharacterRun(**found | {"arms": tuple(found["arms"])}))

@@ -7,8 +7,8 @@ points of the same unseen waves; the baselines' rate is chosen on other waves.
 
 from __future__ import annotations
 
+import itertools
 import math
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +26,19 @@ from lightning_peft import FOMAMLMixin, MAMLMixin, MetaConfig
 from lightning_peft.data import Sinusoids
 from lightning_peft.meta import AdaptationCurve, Episode
 from lightning_peft.meta.adaptation_curve import curve_figure
-from lightning_peft.recipes.maml_page import HEADING, adaptation, quiet, save, save_picture, table, trainer
+from lightning_peft.recipes.maml_page import (
+    HEADING,
+    Facts,
+    adaptation,
+    pooled,
+    quiet,
+    save_picture,
+    seeds_told,
+    tables,
+    told,
+    trainer,
+)
+from lightning_peft.recipes.maml_record import Record
 from lightning_peft.reporting import write_section
 
 __all__ = ["SineRun", "main", "run"]
@@ -47,8 +59,9 @@ class SineRun:
         meta_batch: Waves of a meta-step.
         shots: Support points of a wave.
         test_tasks: Unseen waves.
-        seed: Of weights and waves.
+        seeds: Runs, from seed 0 on; weights and waves differ.
         quick: 2,000 steps.
+        resume: Go on with the killed run in this folder; arms and seeds may be added.
         accelerator: Any Lightning accelerator.
         out: Folder for results, logs and pictures.
         page: A page to write the tables into; unset, maml.md in the folder.
@@ -59,8 +72,9 @@ class SineRun:
     meta_batch: int = 25
     shots: int = 10
     test_tasks: int = 1000
-    seed: int = 0
+    seeds: int = 1
     quick: bool = False
+    resume: bool = False
     accelerator: str = "cpu"
     out: str = "runs/maml_sinusoid"
     page: str | None = None
@@ -123,26 +137,22 @@ def one_wave(steps: int, generator: torch.Generator) -> DataLoader[Any]:
     return DataLoader(torch.utils.data.TensorDataset(x, amplitude * torch.sin(x - phase)), 500)
 
 
-def train(arm: str, options: SineRun) -> tuple[SineNet, float]:
+def train(arm: str, options: SineRun, seed: int, record: Record) -> tuple[SineNet, float]:
     """Train one arm; return it and the seconds that it took."""
-    pl.seed_everything(options.seed, verbose=False)
+    pl.seed_everything(seed, verbose=False)
     config = MetaConfig(inner_lr=0.01)
     kinds: dict[str, Callable[[], SineNet]] = {
         "maml": lambda: MAMLSine(meta=config),
         "fomaml": lambda: FOMAMLSine(meta=config),
     }
-    module = kinds.get(arm, SineNet)()
-    episodes: Any = Sinusoids(options.shots).loader(
-        options.steps * options.meta_batch, options.meta_batch, seed=options.seed
-    )
+    module, name = kinds.get(arm, SineNet)(), f"{arm}-{seed}"
+    episodes: Any = Sinusoids(options.shots).loader(options.steps * options.meta_batch, options.meta_batch, seed=seed)
     if arm == "joint":
         episodes = Together(episodes)
     elif arm == "specialist":
-        episodes = one_wave(options.steps, torch.Generator().manual_seed(options.seed))
-    made = trainer(Path(options.out), arm, options.steps, episodes, accelerator=options.accelerator)
-    start = time.perf_counter()
-    made.fit(module, episodes)
-    return module, time.perf_counter() - start
+        episodes = one_wave(options.steps, torch.Generator().manual_seed(seed))
+    made = trainer(Path(options.out), name, options.steps, episodes, accelerator=options.accelerator)
+    return module, record.trained(name, module, lambda: made.fit(module, episodes))
 
 
 def tested(network: SineNet, options: SineRun, rate: float, *, seed: int, tasks: int) -> AdaptationCurve:
@@ -156,41 +166,47 @@ def chosen_rate(network: SineNet, options: SineRun) -> float:
     """Return the rate with the least error after ten steps on 200 waves that are not the test's."""
 
     def after_ten(rate: float) -> float:
-        error = tested(network, options, rate, seed=10_001, tasks=200).means("loss")[-1]
+        error = tested(network, options, rate, seed=20_000, tasks=200).means("loss")[-1]
         return error if math.isfinite(error) else math.inf
 
     return min(RATES, key=after_ten)
 
 
-def run(options: SineRun) -> dict[str, AdaptationCurve]:
-    """Train all arms, test them and write tables and pictures; return the curves."""
+def run(options: SineRun) -> dict[str, list[AdaptationCurve]]:
+    """Train all arms, test them and write tables and pictures; return the curves of each seed."""
     if options.quick:
         options.steps = min(options.steps, 2000)
-    out = Path(options.out)
-    networks, curves, more = {}, {}, {}
-    for arm in options.arms:
-        networks[arm], seconds = train(arm, options)
-        rate = 0.01 if isinstance(networks[arm], MAMLMixin) else chosen_rate(networks[arm], options)
-        curves[arm] = tested(networks[arm], options, rate, seed=10_000, tasks=options.test_tasks)
-        more[arm] = {"seconds": seconds, "rate": rate}
-    save(out, curves, options, more)
-    report(options, networks, curves, more)
+    record = Record("maml_sinusoid", Path(options.out), options)
+    networks: dict[str, SineNet] = {}
+    for seed, arm in itertools.product(range(options.seeds), options.arms):
+        network, seconds = train(arm, options, seed, record)
+        networks.setdefault(arm, network)
+        if not record.has(f"{arm}-{seed}"):
+            rate = 0.01 if isinstance(network, MAMLMixin) else chosen_rate(network, options)
+            curve = tested(network, options, rate, seed=10_000 + seed, tasks=options.test_tasks)
+            record.add(f"{arm}-{seed}", curve, {"seconds": seconds, "rate": rate})
+    curves, facts = record.by_arm(options.arms, options.seeds)
+    report(options, networks, curves, facts)
     return curves
 
 
 def report(
-    options: SineRun, networks: dict[str, SineNet], curves: dict[str, AdaptationCurve], more: dict[str, Any]
+    options: SineRun,
+    networks: dict[str, SineNet],
+    curves: dict[str, list[AdaptationCurve]],
+    facts: dict[str, list[Facts]],
 ) -> None:
-    """Print the table, and write page and pictures."""
+    """Print the tables, and write page and pictures, of the first seed's networks."""
     out = Path(options.out)
     page = Path(options.page) if options.page else out / "maml.md"
-    found = table("Squared error on unseen waves: mean ± 95 % over tasks (median)", curves, "loss", SHOWN)
-    found.show()
-    took = "; ".join(f"{arm}: {one['seconds']:.0f} s, rate in test {one['rate']:g}" for arm, one in more.items())
+    found = tables("Squared error on unseen waves: mean ± 95 % over tasks (median)", curves, "loss", SHOWN)
+    for one in found:
+        one.show()
     lines = [
         "## Sine waves from ten points",
-        f"{options.steps:,} steps of {options.meta_batch} waves, {options.shots} points, seed {options.seed}. {took}.",
-        found.markdown(),
+        f"{options.steps:,} steps of {options.meta_batch} waves, {options.shots} points, {seeds_told(options.seeds)}. "
+        f"Trained and tested: {told(facts)}",
+        *(one.markdown() for one in found),
     ]
     if "specialist" in networks:
         own = torch.linspace(-5, 5, 500)[:, None]
@@ -198,18 +214,23 @@ def report(
         with torch.no_grad():
             error = float(F.mse_loss(networks["specialist"](own), amplitude * torch.sin(own - phase)))
         lines.append(f"On its own wave the specialist's error is {error:.2g}; on unseen ones it is in the table.")
-    save_picture(page.with_name("maml_sinusoid.png"), curve_figure(curves, log_loss=True), out, "meta/adaptation")
-    save_picture(page.with_name("maml_sinusoid_fits.png"), fits(networks, more, options), out, "meta/fits")
+    save_picture(
+        page.with_name("maml_sinusoid.png"),
+        curve_figure({arm: pooled(seeds) for arm, seeds in curves.items()}, log_loss=True),
+        out,
+        "meta/adaptation",
+    )
+    save_picture(page.with_name("maml_sinusoid_fits.png"), fits(networks, facts, options), out, "meta/fits")
     lines += [
         "![error against steps](maml_sinusoid.png)",
         "![fits of one wave after 0, 1, 5 and 10 steps](maml_sinusoid_fits.png)",
-        "Made by `lightning-peft maml_sinusoid --page docs/meta-learning.md`.",
+        f"Made by `lightning-peft maml_sinusoid --seeds {options.seeds} --page docs/meta-learning.md`.",
     ]
     write_section(page, "maml_sinusoid", "\n\n".join(lines), heading=HEADING)
     print(f"Page      {page}\nCurves    tensorboard --logdir {out / 'logs'}")
 
 
-def fits(networks: dict[str, SineNet], more: dict[str, Any], options: SineRun) -> Figure:
+def fits(networks: dict[str, SineNet], facts: dict[str, list[Facts]], options: SineRun) -> Figure:
     """Draw one unseen wave and what each arm makes of its ten points, after 0, 1, 5 and 10 steps."""
     amplitude, phase = 3.0, 2.0
     x = torch.linspace(-5, 5, 200)[:, None]
@@ -220,7 +241,7 @@ def fits(networks: dict[str, SineNet], more: dict[str, Any], options: SineRun) -
         axes = figure.add_subplot(1, len(networks), place + 1)
         axes.plot(x, amplitude * torch.sin(x - phase), "k--", linewidth=1, label="wave")
         axes.plot(*(side.flatten() for side in episode.support), "k^", markersize=4)
-        module = MAMLSine(meta=MetaConfig(inner_lr=more[arm]["rate"]))
+        module = MAMLSine(meta=MetaConfig(inner_lr=facts[arm][0]["rate"]))
         module.net.load_state_dict(network.net.state_dict())
         for steps in (0, 1, 5, 10):
             with module.with_fast_weights(module.adapt(episode.support, steps)), torch.no_grad():
@@ -239,7 +260,10 @@ def main(args: list[str] | None = None) -> None:
     parser = ArgumentParser("lightning-peft maml_sinusoid", description=(SineRun.__doc__ or "").splitlines()[0])
     parser.add_argument("--arms", nargs="+", choices=list(SineRun.arms), default=list(SineRun.arms), help="which arms")
     parser.add_argument("--quick", action="store_true", help="2,000 steps")
-    parser.add_class_arguments(SineRun, skip={"arms", "quick"})
+    parser.add_argument(
+        "--resume", action="store_true", help="go on with the killed run in --out; arms and seeds may be added"
+    )
+    parser.add_class_arguments(SineRun, skip={"arms", "quick", "resume"})
     quiet()
     found = parser.parse_args(args).as_dict()
     run(SineRun(**found | {"arms": tuple(found["arms"])}))

@@ -19,13 +19,43 @@ def test_two_thousand_steps_are_enough_to_adapt_to_sines(tmp_path):
     options = ["--quick", "--arms", "maml", "joint", "--test_tasks", "200", "--out", str(tmp_path)]
     maml_sinusoid.main(options)
     rows = json.loads((tmp_path / "results.json").read_text())["arms"]
-    losses = rows["maml"]["loss means"]
+    losses = rows["maml-0"]["loss means"]
     # The reference has .88 and .46 after as many steps, with one seed; half of what no step reaches is asked for.
     assert losses[1] < 1.1
     assert losses[1] < losses[0] / 2
-    assert losses[10] < 0.65 < rows["joint"]["loss means"][10]
+    assert losses[10] < 0.65 < rows["joint-0"]["loss means"][10]
     for name in ("maml_sinusoid.png", "maml_sinusoid_fits.png", "maml.md"):
         assert (tmp_path / name).stat().st_size > 500
+
+
+def test_a_killed_run_goes_on_where_it_was_and_takes_more_seeds(tmp_path, monkeypatch):
+    options = ["--steps", "3", "--meta_batch", "2", "--test_tasks", "4", "--arms", "maml", "joint"]
+    maml_sinusoid.main([*options, "--seeds", "2", "--out", str(tmp_path / "whole")])
+    tested = maml_sinusoid.tested
+
+    def killed(*args, **kwargs):
+        if not isinstance(args[0], maml_sinusoid.MAMLMixin):
+            raise KeyboardInterrupt
+        return tested(*args, **kwargs)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(maml_sinusoid, "tested", killed)
+        maml_sinusoid.main([*options, "--out", str(tmp_path / "cut")])
+    with monkeypatch.context() as patch:
+        trained = []
+        patch.setattr(maml_sinusoid.pl.Trainer, "fit", lambda *args: trained.append(args))
+        maml_sinusoid.main([*options, "--resume", "--out", str(tmp_path / "cut")])
+        assert not trained  # both networks of the first seed had been kept
+    maml_sinusoid.main([*options, "--resume", "--seeds", "2", "--out", str(tmp_path / "cut")])
+    found, expected = (json.loads((tmp_path / name / "results.json").read_text())["arms"] for name in ("cut", "whole"))
+    for rows in (found, expected):
+        for row in rows.values():
+            del row["seconds"]
+    assert found == expected
+    assert len(found) == 4
+    assert "Means of each seed" in (tmp_path / "cut" / "maml.md").read_text()
+    with pytest.raises(ValueError, match="comes from a run with"):
+        maml_sinusoid.main([*options, "--shots", "5", "--resume", "--out", str(tmp_path / "cut")])
 
 
 @pytest.fixture
@@ -77,9 +107,9 @@ def test_characters_are_told_apart_by_every_arm(drawings, tmp_path):
     ]
     maml_omniglot.main(["--data-dir", str(drawings), *options])
     rows = json.loads((out / "results.json").read_text())["arms"]
-    assert rows.keys() == set(arms)
+    assert rows.keys() == {f"{arm}-0" for arm in arms}
     assert all(len(row["accuracy means"]) == 11 for row in rows.values())
-    assert max(rows["maml"]["accuracy means"]) > 0.5
+    assert max(rows["maml-0"]["accuracy means"]) > 0.5
     assert "Nearest centroid" in (out / "maml.md").read_text()
 
 
@@ -132,11 +162,18 @@ def test_a_lora_is_meta_learned_over_the_real_encoder(intents, tmp_path):
     more = [[text.replace("number", "paper"), f"{word} paper"] for text, word in rows]
     intents.write_text(json.dumps({"train": rows + more}))
     maml_adapters.main(["--data", str(intents), *options])
-    found = json.loads((out / "shots_1" / "results.json").read_text())["arms"]
-    assert max(found["maml"]["accuracy means"]) > 0.5
+    found = json.loads((out / "results.json").read_text())["arms"]
+    assert max(found["maml of 1-0"]["accuracy means"]) > 0.5
     assert "Nearest centroid" in (out / "maml.md").read_text()
 
 
 def test_a_table_has_a_line_for_each_arm():
-    found = maml_page.table("T", {"a": AdaptationCurve([[1.0], [3.0]])}, "loss", [0, 4])
+    (found,) = maml_page.tables("T", {"a": [AdaptationCurve([[1.0], [3.0]])]}, "loss", [0, 4])
     assert found.rows == [("a", "2", "2.000 ± 1.960 (2.000)", "-")]
+
+
+def test_seeds_are_pooled_and_stand_side_by_side():
+    curves = {"a": [AdaptationCurve([[1.0], [3.0]]), AdaptationCurve([[5.0]])]}
+    pooled, by_seed = maml_page.tables("T", curves, "loss", [0, 4])
+    assert pooled.rows == [("a", "3", "3.000 ± 2.263 (3.000)", "-")]  # 1.96 * 2 / sqrt(3)
+    assert by_seed.rows == [("a", "2.000, 5.000", "-, -")]
