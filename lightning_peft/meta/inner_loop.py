@@ -48,7 +48,8 @@ class InnerLoop:
         """Take step ``t``; return the new weights and the losses of the old ones."""
         losses = self.support(parameters, t)
         values = list(parameters.values())
-        grads = torch.autograd.grad(losses.sum(), values, create_graph=self.second_order, allow_unused=True)
+        every = torch.ones_like(losses)
+        grads = torch.autograd.grad(losses, values, every, create_graph=self.second_order, allow_unused=True)
         return dict(zip(parameters, moved(values, grads, self.rate(t)), strict=True)), losses
 
 

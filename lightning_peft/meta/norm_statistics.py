@@ -12,17 +12,18 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from lightning_peft.distributed import world_size
+from lightning_peft.meta.places import tree
 
 RUNNING = ("running_mean", "running_var", "num_batches_tracked")
 
 
 def running_layers(module: nn.Module) -> dict[str, _NormBase]:
     """Return the layers that keep running statistics, by name."""
-    return {
-        name: child
-        for name, child in module.named_modules()
-        if isinstance(child, _NormBase) and child.running_mean is not None
-    }
+    found: dict[str, _NormBase] = {}
+    for name, child in tree(module):
+        if isinstance(child, _NormBase) and child.running_mean is not None and child not in found.values():
+            found[name] = child
+    return found
 
 
 @contextmanager

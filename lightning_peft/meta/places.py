@@ -14,6 +14,21 @@ from lightning_peft.matching import nearest
 from lightning_peft.meta.stacking import STACKED
 
 
+def tree(module: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Return what ``module.named_modules(remove_duplicate=False)`` yields, sooner: a meta-step of a small network is short.
+
+    >>> [name for name, _ in tree(nn.Sequential(nn.Sequential(nn.ReLU()), nn.ReLU()))]
+    ['', '0', '0.0', '1']
+    """
+    found, waiting = [], [("", module)]
+    while waiting:
+        path, one = place = waiting.pop()
+        found.append(place)
+        prefix = f"{path}." if path else ""
+        waiting += [(prefix + key, child) for key, child in reversed(one._modules.items()) if child is not None]
+    return found
+
+
 class Places:
     """Every place of some parameters of a module: several where weights are tied.
 
@@ -33,10 +48,10 @@ class Places:
     """
 
     def __init__(self, module: nn.Module, names: Collection[str]) -> None:
-        owners = dict(module.named_modules(remove_duplicate=False))
+        owners = tree(module)
         named: dict[str, Tensor] = {}
         tables: dict[int, list[tuple[dict[str, Any], str]]] = {}
-        for path, owner in owners.items():
+        for path, owner in owners:
             for key, parameter in owner._parameters.items():
                 if parameter is not None:
                     named[f"{path}.{key}" if path else key] = parameter
@@ -51,8 +66,8 @@ class Places:
         # Of exactly these classes, whose forward is known; not where something else has taken its place already.
         self._forwards: list[tuple[dict[str, Any], Callable[..., Tensor]]] = [
             (vars(owner), partial(STACKED[type(owner)], owner))
-            for owner in {id(owner): owner for owner in owners.values()}.values()
-            if id(owner._parameters) in touched and type(owner) in STACKED and "forward" not in vars(owner)
+            for owner in {id(owner): owner for _, owner in owners if type(owner) in STACKED}.values()
+            if (id(owner._parameters) in touched or not owner._parameters) and "forward" not in vars(owner)
         ]
 
     @contextmanager

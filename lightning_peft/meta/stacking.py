@@ -37,6 +37,8 @@ def over_tasks(function: Callable[..., Any], tensors: Sequence[Tensor]) -> Any:
     level = _vmap._vmap_increment_nesting(tasks, "different")
     try:
         results = function(*(_vmap._add_batch_dim(tensor, 0, level) for tensor in tensors))
+        if isinstance(results, Tensor):
+            return _vmap._remove_batch_dim(results, level, tasks, 0)
         return pytree.tree_map(lambda result: _vmap._remove_batch_dim(result, level, tasks, 0), results)
     finally:
         _vmap._vmap_decrement_nesting()
@@ -81,6 +83,15 @@ def stacked_batch_norm(layer: Any, inputs: Tensor) -> Tensor:
     return batch_norm(inputs, layer.weight, layer.bias, layer.eps)
 
 
+def stacked_activation(layer: Any, inputs: Tensor) -> Tensor:
+    """Return an activation of every element, out of the tasks' wrapping."""
+    if not _plainly_stacked(inputs) or getattr(layer, "inplace", False):
+        ordinary: Tensor = type(layer).forward(layer, inputs)
+        return ordinary
+    result: Tensor = _vmap._add_batch_dim(type(layer).forward(layer, _vmap.get_unwrapped(inputs)), 0, 1)
+    return result
+
+
 def _is_rows(layer: nn.Module, inputs: Tensor) -> bool:
     """Return whether inputs are rows of channels, of the layer's own dtype: nothing is cast on the way."""
     dimensions = _DIMENSIONS.get(type(layer), inputs.ndim)
@@ -96,5 +107,8 @@ STACKED: dict[type[nn.Module], Callable[..., Tensor]] = {
     nn.Linear: stacked_linear,
     **dict.fromkeys((nn.Conv1d, nn.Conv2d, nn.Conv3d), stacked_convolution),
     **dict.fromkeys((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d), stacked_batch_norm),
+    **dict.fromkeys(
+        (nn.ReLU, nn.LeakyReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Tanh, nn.Sigmoid, nn.Softplus), stacked_activation
+    ),
 }
 """Forwards by the exact class of a layer."""

@@ -8,6 +8,7 @@ from torch import nn
 
 from lightning_peft.adapters.attachment import attachment_of
 from lightning_peft.matching import match_names, nearest
+from lightning_peft.meta.places import tree
 
 
 def inner_names(module: nn.Module, adapt: str | Sequence[str], *, owner: str) -> list[str]:
@@ -24,7 +25,12 @@ def inner_names(module: nn.Module, adapt: str | Sequence[str], *, owner: str) ->
     >>> inner_names(nn.ModuleDict({"body": nn.Linear(2, 2), "head": nn.Linear(2, 2)}), "head", owner="here")
     ['head.weight', 'head.bias']
     """
-    trainable = [name for name, parameter in module.named_parameters() if parameter.requires_grad]
+    named: dict[int, str] = {}
+    for path, child in tree(module):
+        for key, parameter in child._parameters.items():
+            if parameter is not None and parameter.requires_grad:
+                named.setdefault(id(parameter), f"{path}.{key}" if path else key)
+    trainable = list(named.values())
     if not trainable:
         raise ValueError(f"{owner}: no parameter requires a gradient, so nothing can adapt.")
     if adapt == "all":
