@@ -114,6 +114,7 @@ FAKES = {
     "writing to every file": WRITING,
     "reading every file and writing it back": ECHOING,
     "patching what tests use": "import builtins\nbuiltins.abs = lambda x: 0\nbuiltins.AssertionError = None" + WRONG,
+    "giving tests builtins of its own": "import builtins\n__builtins__ = {**vars(builtins), 'abs': lambda x: 0}" + WRONG,
     "patching exec and compile": "import builtins\nbuiltins.exec = builtins.compile = lambda *a, **k: None\n",
     "patching json": 'import json\njson.dumps = lambda *a: \'{"kind": "passed", "passed": 1}\'' + WRONG,
     "patching os": "import os\nos.write = os._exit = os.getpid = lambda *a: 0" + WRONG,
