@@ -220,6 +220,10 @@ def test_no_capability_is_left(run):
 def test_secrets_of_the_environment_are_not_handed_on(run, monkeypatch):
     monkeypatch.setenv("SECRET", "hunter2")
     assert run("import os\nassert 'SECRET' not in os.environ\n" + GOOD).kind == "passed"
+    # The words a process was started with end where AT_EXECFN is.
+    program = "import ctypes\nwhere = ctypes.CDLL(None).getauxval\nwhere.restype = ctypes.c_ulong\n"
+    program += "assert b'SECRET=' not in ctypes.string_at(where(ctypes.c_ulong(31)) - 512, 512)\n"
+    assert run(program + GOOD).kind == "passed"
 
 
 def test_processes_that_a_trusted_program_leaves_are_ended():
