@@ -1,6 +1,7 @@
 """Programs that mean harm are stopped, and told what stopped them; none is taken for passed."""
 
 import os
+import resource
 import socket
 import subprocess
 import time
@@ -114,7 +115,8 @@ FAKES = {
     "writing to every file": WRITING,
     "reading every file and writing it back": ECHOING,
     "patching what tests use": "import builtins\nbuiltins.abs = lambda x: 0\nbuiltins.AssertionError = None" + WRONG,
-    "giving tests builtins of its own": "import builtins\n__builtins__ = {**vars(builtins), 'abs': lambda x: 0}" + WRONG,
+    "giving tests builtins of its own": "import builtins\n__builtins__ = {**vars(builtins), 'abs': lambda x: 0}"
+    + WRONG,
     "patching exec and compile": "import builtins\nbuiltins.exec = builtins.compile = lambda *a, **k: None\n",
     "patching json": 'import json\njson.dumps = lambda *a: \'{"kind": "passed", "passed": 1}\'' + WRONG,
     "patching os": "import os\nos.write = os._exit = os.getpid = lambda *a: 0" + WRONG,
@@ -197,9 +199,12 @@ def test_no_other_process_is_signalled_or_seen(run):
             "os.kill(-1, 9)",
             f"open('/proc/{other.pid}/environ').read()",
             "os.kill(os.getppid(), 9)",
+            f"resource.prlimit({other.pid}, resource.RLIMIT_NOFILE, (9, 9))",
+            f"os.sched_setaffinity({other.pid}, [0])",
         ):
-            assert run(f"import os\n{action}").kind in {"forbidden", "failed"}, action
+            assert run(f"import os, resource\n{action}").kind in {"forbidden", "failed"}, action
         assert other.poll() is None
+        assert resource.prlimit(other.pid, resource.RLIMIT_NOFILE) == resource.getrlimit(resource.RLIMIT_NOFILE)
     finally:
         other.kill()
         other.wait()
@@ -214,6 +219,16 @@ def test_no_capability_is_left(run):
     program += (
         "assert ctypes.CDLL(None).capget((ctypes.c_uint32 * 2)(0x20080522, 0), found) == 0\nassert not any(found)\n"
     )
+    assert run(program + GOOD).kind == "passed"
+
+
+@pytest.mark.parametrize(
+    "what", ["shmget(0, 4096, 0o1600)", "semget(0, 1, 0o1600)", "msgget(0, 0o1600)", "syscall(250, 0, -3, 1)"]
+)
+def test_nothing_that_outlasts_a_program_is_made_and_no_key_is_asked_for(run, what):
+    if "syscall" in what and os.uname().machine != "x86_64":
+        pytest.skip("the number is of another processor")
+    program = f"import ctypes\nlibc = ctypes.CDLL(None, use_errno=True)\nassert libc.{what} == -1 and ctypes.get_errno() == 1\n"
     assert run(program + GOOD).kind == "passed"
 
 
