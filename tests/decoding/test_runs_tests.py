@@ -1,9 +1,11 @@
 """Programs that mean harm are stopped, and told what stopped them; none is taken for passed."""
 
+import json
 import os
 import resource
 import socket
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -249,6 +251,35 @@ def test_processes_that_a_trusted_program_leaves_are_ended():
     assert run_program(program, [TEST], isolation="none").kind == "passed"
     commands = [file.read_bytes() for file in Path("/proc").glob("[0-9]*/cmdline") if file.exists()]
     assert not any(name.encode() in command for command in commands)
+
+
+def children(process):
+    return [int(one) for one in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
+
+
+def runs(process):
+    try:
+        return ") Z" not in Path(f"/proc/{process}/stat").read_text()
+    except OSError:
+        return False
+
+
+@pytest.mark.parametrize("isolation", [*ISOLATIONS, "none"])
+def test_a_program_ends_with_the_process_that_waits_for_it(isolation, tmp_path):
+    job = {"program": "import time; time.sleep(60)", "tests": [], "timeout": 60, "memory": 512 << 20}
+    waiting = subprocess.Popen([sys.executable, "-I", str(sandbox._CHILD)], stdin=subprocess.PIPE, text=True)
+    waiting.stdin.write(json.dumps({**job, "isolation": isolation, "folder": str(tmp_path)}))
+    waiting.stdin.close()
+    end = time.monotonic() + 20
+    while not (workers := children(waiting.pid)) and time.monotonic() < end:
+        time.sleep(0.05)
+    time.sleep(0.5)  # until the program runs
+    waiting.kill()
+    waiting.wait()
+    while any(map(runs, workers)) and time.monotonic() < end:
+        time.sleep(0.05)
+    assert workers
+    assert time.monotonic() < end
 
 
 def test_the_share_of_tests_and_the_tests_of_each_problem():

@@ -115,8 +115,8 @@ def _first(job: dict[str, Any], seal: Any, sender: int) -> NoReturn:
     # Held here: what a program puts in the place of the system's functions, or of json's, reports nothing.
     write, leave = os.write, os._exit
     try:
+        confinement.die_with_parent()
         if job["isolation"] == "namespaces":
-            confinement.die_with_parent()
             confinement.close_file_system(Path(job["folder"]))
             worker = os.fork()
             if worker:
