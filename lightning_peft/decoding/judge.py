@@ -79,13 +79,18 @@ class Judge:
             account.scorer_seconds += each
 
 
+def refusal(budget: Budget, spent: Usage, coming: Usage) -> str | None:
+    """Return the limit that has no room for questions to a scorer; those of the model's tokens and forwards do not count."""
+    asked = Usage(seconds=spent.seconds, scorer_calls=spent.scorer_calls)
+    return budget.refuses(asked, coming) if coming.scorer_calls else None
+
+
 def affordable(judge: Judge, drafts: Sequence[Draft], budget: Budget) -> int:
     """Return how many of the first texts of one problem its budget has room to ask about."""
     room = 0
     while room < len(drafts):
         spent = judge.usage[drafts[0].problem]
-        coming = judge.coming(drafts[: room + 1])
-        if coming.scorer_calls and budget.refuses(spent, coming):
+        if refusal(budget, spent, judge.coming(drafts[: room + 1])):
             break
         room += 1
     return room
