@@ -291,6 +291,8 @@ def _flat(rows: Tensor) -> Tensor:
 def _distances(rows: Tensor, others: Tensor) -> Tensor:
     # torch.cdist multiplies matrices: a distance that is small beside the rows' norms, as that of a copy, loses its digits. So take
     # norms from the centre, and the differences of such pairs themselves.
+    if rows.shape[1] != others.shape[1]:
+        raise ValueError(f"manifold: rows of {rows.shape[1]} values cannot be compared with rows of {others.shape[1]}.")
     centre = others.nanmean(0).nan_to_num(0.0, 0.0, 0.0)
     rows, others = rows - centre, others - centre
     found = torch.cdist(rows, others)

@@ -177,5 +177,7 @@ def test_what_cannot_be_is_refused():
         PrecisionRecall(0)
     with pytest.raises(ValueError, match="k=5 needs more than 5 rows; there are 5"):
         neighbour_radii(torch.rand(5, 2), 5)
+    with pytest.raises(ValueError, match="rows of 1 values cannot be compared with rows of 2"):
+        nearest_distances(torch.rand(5, 1), torch.rand(5, 2))
     with pytest.raises(ValueError, match="held_out=True is of real rows"):
         Memorisation().update(torch.rand(2, 2), real=False, held_out=True)
