@@ -89,6 +89,13 @@ def test_a_hostile_program_is_stopped_and_reported(run, name):
     assert found.detail
 
 
+@pytest.mark.parametrize(
+    ("program", "how"), [("os._exit(3)", "with exit code 3"), ("signal.alarm(1); signal.pause()", "by signal 14")]
+)
+def test_how_a_program_ended_itself_is_told(run, program, how):
+    assert run(f"import os, signal\n{program}").detail == f"ended before its tests had, {how}"
+
+
 WRONG = "\ndef double(x): return 9"
 WRITING = """
 import os

@@ -107,7 +107,8 @@ def _judge(said: bytes, status: int, seal: Any, *, late: bool) -> dict[str, Any]
         }
     if number == signal.SIGXFSZ:
         return {"kind": "forbidden", "detail": "wrote a file beyond the limit", "passed": 0}
-    return {"kind": "exited", "detail": f"ended before its tests had, with status {status}", "passed": 0}
+    how = f"by signal {number}" if number else f"with exit code {status >> 8}"
+    return {"kind": "exited", "detail": f"ended before its tests had, {how}", "passed": 0}
 
 
 def _first(job: dict[str, Any], seal: Any, sender: int) -> NoReturn:
