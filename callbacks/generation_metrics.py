@@ -52,8 +52,8 @@ class GenerationMetrics(Looks):
         seed: Of the draws.
 
     Raises:
-        ValueError: For numbers out of range; before the first step, for a module that cannot sample; at a look, for samples of
-            another shape.
+        ValueError: For numbers out of range, or held-out rows that are none or of another shape; before the first step, for a
+            module that cannot sample; at a look, for samples of another shape.
 
     >>> import torch
     >>> GenerationMetrics(torch.rand(20, 1, 8, 8), k=3).count
@@ -76,6 +76,10 @@ class GenerationMetrics(Looks):
         if k < 1 or min(count, len(real)) <= k:
             raise ValueError(
                 f"GenerationMetrics: k={k!r} must be at least 1 and below count={count!r} and {len(real)} rows."
+            )
+        if held_out is not None and (not len(held_out) or held_out.shape[1:] != real.shape[1:]):
+            raise ValueError(
+                f"GenerationMetrics: held_out of {tuple(held_out.shape)} must hold rows of {tuple(real.shape[1:])}, as real does."
             )
         self.real, self.sample, self.features, self.held_out = real.cpu(), sample, features, held_out
         self.count, self.k = count, k

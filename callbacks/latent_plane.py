@@ -24,7 +24,7 @@ class LatentPlane(Looks):
 
     Two latents are drawn as they are, more by their first two principal components; beside them stands a decoded grid over the
     same extent. Training is bit-identical with and without it. The picture goes to every TensorBoard logger as
-    ``generation/latents``.
+    ``generation/latents``; latents that are no finite numbers are left out.
 
     **The trap:** of many latents a plane shows the part of the variance that its title says, and the grid decodes the plane
     alone: overlap there is no overlap in the whole space.
@@ -85,8 +85,12 @@ class LatentPlane(Looks):
             found.append(encode(pl_module, trainer.strategy.batch_to_device(plugin.convert_input(x))).float().cpu())
             labels += rest[:1]
         self.latents = torch.cat(found)
+        # A model that diverges ends no training by being looked at.
+        drawn = self.latents.isfinite().reshape(len(self.latents), -1).all(1)
+        if int(drawn.sum()) < min(2, len(drawn)):
+            return
         figure = draw_latents(
-            self.latents, torch.cat(labels) if labels else None, self._decoder(pl_module), side=self.side,
+            self.latents[drawn], torch.cat(labels)[drawn] if labels else None, self._decoder(pl_module), side=self.side,
             title=f"latents at step {trainer.global_step:,}",
         )  # fmt: skip
         log_figure(trainer, "generation/latents", figure)

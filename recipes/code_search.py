@@ -15,6 +15,7 @@ from typing import Any
 from tqdm import tqdm
 
 from lightning_peft.data.packaged import language_model
+from lightning_peft.decoding.counts import check_counts
 from lightning_peft.decoding.scorers.sandbox import Isolation, chosen_isolation
 from lightning_peft.files import write_text
 from lightning_peft.recipes.code_search_arms import Arms, CodeRow, as_data
@@ -58,6 +59,18 @@ class CodeSearchRun:
     quick: bool = False
     out: str = "runs/code_search"
     page: str | None = None
+
+    def __post_init__(self) -> None:
+        """Check what can be known before the model is read.
+
+        Raises:
+            ValueError: For counts below 1, no beam, or a temperature that is not above 0.
+        """
+        check_counts(self, "problems", "samples", "max_new_tokens")
+        if not self.beams or min(self.beams) < 1 or not self.temperature > 0:
+            raise ValueError(
+                f"code_search: beams={self.beams!r} must be widths of at least 1, temperature={self.temperature!r} above 0."
+            )
 
 
 def run(options: CodeSearchRun) -> list[CodeRow]:

@@ -15,7 +15,7 @@ from lightning_peft.decoding.beams import Beam, EarlyStopping, Hypothesis
 from lightning_peft.decoding.counts import check_counts
 from lightning_peft.decoding.custom_generate import custom_generate
 from lightning_peft.decoding.draft import Draft, Scorer
-from lightning_peft.decoding.judge import Judge
+from lightning_peft.decoding.judge import Judge, refusal
 from lightning_peft.decoding.picking import judged_by, settled
 from lightning_peft.decoding.result import DecodeResult, result_of
 from lightning_peft.decoding.rows import Rows
@@ -209,8 +209,8 @@ class _Search:
             if drafts is not None:
                 pairs = list(zip(found, drafts, strict=True))
                 coming = self.judge.coming(drafts, [draft for one, draft in pairs if one.ended])
-                refused = self.settings.budget.refuses(self.rows.usage[beam.problem], coming)
-                if coming.scorer_calls and refused:
+                refused = refusal(self.settings.budget, self.rows.usage[beam.problem], coming)
+                if refused:
                     beam.stop(refused)
                 else:
                     shown += pairs

@@ -148,11 +148,11 @@ def compute_curve(
         cut_counts: Whether a text that a limit has cut can be right; else it is wrong without a question.
 
     Raises:
-        ValueError: For no prompt or budget, a budget below 1, or a decoder without a budget.
+        ValueError: For no prompt or budget, one text in place of a list, a budget below 1, or a decoder without a budget.
     """
-    if not prompts or not budgets or min(budgets) < 1:
+    if isinstance(prompts, str) or not prompts or not budgets or min(budgets) < 1:
         raise ValueError(
-            f"compute_curve: {len(prompts)} prompts and budgets={list(budgets)!r}; give prompts, and budgets of at least 1."
+            f"compute_curve: {len(prompts)} prompts and budgets={list(budgets)!r}; give a list of prompts, and budgets from 1 on."
         )
     measure = _Measure(model, tokenizer, list(prompts), verifier, cut_counts)
     rows = []
@@ -196,10 +196,11 @@ class _Measure:
         return _Found(result.usage, [one[0] for one in right], [max(one) for one in right])
 
     def samples(self, decoder: Sample, budget: int) -> _Found:
-        usage = [Usage() for _ in self.prompts]
-        judge = Judge(getattr(decoder, "final", None), dict(enumerate(usage)))
+        usage, pools = [Usage() for _ in self.prompts], self.pool(decoder)
+        numbers = [pool[0].draft.problem for pool in pools]
+        judge = Judge(getattr(decoder, "final", None), dict(zip(numbers, usage, strict=True)))
         selected, coverage = [], []
-        for account, pool in zip(usage, self.pool(decoder), strict=True):
+        for account, pool in zip(usage, pools, strict=True):
             drawn = pool[: decoder.n]
             paid = drawn[: _paid(drawn, budget)]
             account.tokens = sum(one.tokens for one in paid)

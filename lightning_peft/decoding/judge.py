@@ -21,7 +21,7 @@ class Judge:
         usage: An account for each problem, by its number; is added to.
 
     Raises:
-        ValueError: When asked, if the scorer returns another number of values, or one that is NaN.
+        ValueError: When asked, if the scorer returns no values, another number of them, or one that is NaN.
     """
 
     def __init__(self, scorer: Scorer | None, usage: Mapping[int, Usage] | Sequence[Usage]) -> None:
@@ -63,9 +63,15 @@ class Judge:
     def _answer(self, keys: list[Key], drafts: list[Draft], scorer: Callable[[list[Draft]], Any]) -> None:
         start = time.perf_counter()
         said = scorer(drafts)
-        values = [float(one) for one in (said.tolist() if hasattr(said, "tolist") else said)]
-        each = (time.perf_counter() - start) / len(drafts)
         name = type(scorer).__name__
+        try:
+            values = [float(one) for one in (said.tolist() if hasattr(said, "tolist") else said)]
+        except TypeError as error:
+            what = f"a tensor {tuple(said.shape)}" if hasattr(said, "shape") else repr(said)
+            raise ValueError(
+                f"Judge: {name} gave {what} for {len(drafts)} texts; it must give one value for each."
+            ) from error
+        each = (time.perf_counter() - start) / len(drafts)
         if len(values) != len(drafts):
             raise ValueError(
                 f"Judge: {name} gave {len(values)} values for {len(drafts)} texts; it must give one for each."
@@ -79,13 +85,18 @@ class Judge:
             account.scorer_seconds += each
 
 
+def refusal(budget: Budget, spent: Usage, coming: Usage) -> str | None:
+    """Return the limit that has no room for questions to a scorer; those of the model's tokens and forwards do not count."""
+    asked = Usage(seconds=spent.seconds, scorer_calls=spent.scorer_calls)
+    return budget.refuses(asked, coming) if coming.scorer_calls else None
+
+
 def affordable(judge: Judge, drafts: Sequence[Draft], budget: Budget) -> int:
     """Return how many of the first texts of one problem its budget has room to ask about."""
     room = 0
     while room < len(drafts):
         spent = judge.usage[drafts[0].problem]
-        coming = judge.coming(drafts[: room + 1])
-        if coming.scorer_calls and budget.refuses(spent, coming):
+        if refusal(budget, spent, judge.coming(drafts[: room + 1])):
             break
         room += 1
     return room

@@ -27,12 +27,14 @@ class Texts:
         pad: What stands at padding; the model never sees it.
 
     Raises:
-        ValueError: For a prompt without a token.
+        ValueError: For a prompt without a token, for one text in place of a list, and for two drafts of one problem.
     """
 
     def __init__(
         self, tokenizer: Any, prompts: Sequence[str], ids: Sequence[list[int]] | None = None, pad: int = 0
     ) -> None:
+        if isinstance(prompts, str):
+            raise ValueError(f"Texts: prompts={str(prompts)!r} must be a list of texts.")
         self.tokenizer, self.prompts, self.pad = tokenizer, list(prompts), pad
         self.ids = [list(tokenizer(prompt)["input_ids"]) for prompt in self.prompts] if ids is None else list(ids)
         for prompt, tokens in zip(self.prompts, self.ids, strict=True):
@@ -41,6 +43,10 @@ class Texts:
                     f"Texts: the prompt {prompt!r} has no token; begin with one, such as the tokenizer's bos_token."
                 )
         self.numbers = [one.problem if isinstance(one, Draft) else place for place, one in enumerate(self.prompts)]
+        if len(set(self.numbers)) < len(self.numbers):
+            raise ValueError(
+                f"Texts: the prompts are drafts of the problems {self.numbers}; each needs a number of its own, for its account."
+            )
         self._bases = self._decoded(self.ids)
 
     def padded(self, problems: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:

@@ -73,6 +73,15 @@ class FrechetDistance(FrechetInceptionDistance):
             )
         super().update(found.double(), real)
 
+    @override
+    def compute(self) -> Tensor:
+        """Return the distance; NaN where a feature was no finite number."""
+        sums = self.real_features_cov_sum, self.fake_features_cov_sum
+        # The routine that finds eigenvalues ends the whole process where it is given NaN.
+        if not all(bool(one.isfinite().all()) for one in sums):
+            return torch.full((), float("nan"), dtype=sums[0].dtype, device=sums[0].device)
+        return super().compute()
+
     @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:
         """Return the features of images, ``(images, num_features)``."""

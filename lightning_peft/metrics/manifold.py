@@ -17,7 +17,7 @@ from torchmetrics.utilities.data import dim_zero_cat
 from typing_extensions import override
 
 _ROWS = 2048
-"""Rows whose distances to a whole set are held in memory at once."""
+"""Rows whose distances to a whole set, and pairs whose differences, are held in memory at once."""
 
 
 def nearest_distances(rows: Tensor, others: Tensor) -> Tensor:
@@ -34,7 +34,7 @@ def nearest_distances(rows: Tensor, others: Tensor) -> Tensor:
     tensor([5.], dtype=torch.float64)
     """
     others = _flat(others)
-    return torch.cat([torch.cdist(part, others).amin(1) for part in torch.split(_flat(rows), _ROWS)])
+    return torch.cat([_distances(part, others).amin(1) for part in torch.split(_flat(rows), _ROWS)])
 
 
 def neighbour_radii(rows: Tensor, k: int) -> Tensor:
@@ -57,7 +57,7 @@ def neighbour_radii(rows: Tensor, k: int) -> Tensor:
         raise ValueError(f"neighbour_radii: k={k!r} needs more than {k} rows; there are {len(rows)}.")
     rows = _flat(rows)
     # A row is the nearest to itself, hence one more.
-    return torch.cat([torch.cdist(part, rows).kthvalue(k + 1, dim=1).values for part in torch.split(rows, _ROWS)])
+    return torch.cat([_distances(part, rows).kthvalue(k + 1, dim=1).values for part in torch.split(rows, _ROWS)])
 
 
 def covering_balls(points: Tensor, rows: Tensor, radii: Tensor) -> Tensor:
@@ -67,7 +67,7 @@ def covering_balls(points: Tensor, rows: Tensor, radii: Tensor) -> Tensor:
     tensor([2, 0])
     """
     rows = _flat(rows)
-    return torch.cat([(torch.cdist(part, rows) <= radii).sum(1) for part in torch.split(_flat(points), _ROWS)])
+    return torch.cat([(_distances(part, rows) <= radii).sum(1) for part in torch.split(_flat(points), _ROWS)])
 
 
 def precision_recall(
@@ -286,3 +286,18 @@ class Memorisation(ManifoldMetric):
 
 def _flat(rows: Tensor) -> Tensor:
     return rows.detach().flatten(1).double()
+
+
+def _distances(rows: Tensor, others: Tensor) -> Tensor:
+    # torch.cdist multiplies matrices: a distance that is small beside the rows' norms, as that of a copy, loses its digits. So take
+    # norms from the centre, and the differences of such pairs themselves.
+    if rows.shape[1] != others.shape[1]:
+        raise ValueError(f"manifold: rows of {rows.shape[1]} values cannot be compared with rows of {others.shape[1]}.")
+    centre = others.nanmean(0).nan_to_num(0.0, 0.0, 0.0)
+    rows, others = rows - centre, others - centre
+    found = torch.cdist(rows, others)
+    near = found < 1e-3 * (rows.norm(dim=1)[:, None] + others.norm(dim=1))
+    for pairs in near.nonzero().split(_ROWS):
+        first, second = pairs.T
+        found[first, second] = (rows[first] - others[second]).norm(dim=1)
+    return found

@@ -70,6 +70,12 @@ def test_numbers_that_make_no_balls_are_refused(options):
         GenerationMetrics(real(), **options)
 
 
+@pytest.mark.parametrize("held_out", [real()[:0], torch.rand(5, 1, 3, 3)])
+def test_held_out_rows_that_cannot_be_compared_are_refused_at_once(held_out):
+    with pytest.raises(ValueError, match="GenerationMetrics: held_out of .* must hold rows of"):
+        GenerationMetrics(real(), held_out=held_out)
+
+
 def test_samples_of_another_shape_are_named(fit):
     with pytest.raises(ValueError, match=r"samples of shape \(3,\) cannot be compared with real rows of \(1, 2, 2\)"):
         fit(Sketch(), GenerationMetrics(real(), lambda module, count: torch.rand(count, 3), count=20))

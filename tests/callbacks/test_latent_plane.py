@@ -41,6 +41,19 @@ def test_rows_without_labels_and_a_module_without_a_decoder_have_their_picture_t
     assert plane.latents.shape == (9, 3)
 
 
+def test_a_model_that_diverges_ends_no_training_by_being_looked_at(fit, tmp_path):
+    class Diverging(Sketch):
+        def encode(self, x):
+            return torch.where(x[:, :1] < self.trainer.global_step - 1.5, torch.nan, super().encode(x))
+
+        def training_step(self, batch, batch_idx):
+            return super().encode(batch[0]).square().mean()
+
+    trainer = fit(Diverging(), LatentPlane(rows(20), every_n_steps=1, side=2, folder=tmp_path / "seen"), epochs=2)
+    assert trainer.global_step == 8
+    assert 1 < len(list((tmp_path / "seen").iterdir())) < 8
+
+
 @pytest.mark.parametrize("name", ["most", "side"])
 def test_nothing_to_draw_is_refused(name):
     with pytest.raises(ValueError, match=f"LatentPlane: {{'{name}': 0}} must be at least 1 each"):

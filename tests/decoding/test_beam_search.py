@@ -10,7 +10,7 @@ import torch
 
 from lightning_peft import KVPrefix, LoRA, SoftPrompt, add_adapter
 from lightning_peft.budget import Budget
-from lightning_peft.decoding import BeamSearch, Greedy
+from lightning_peft.decoding import BeamSearch, BestOfN, Greedy
 from tests.decoding.searched import MANY_ENDS, PROMPTS, Counting, EvenLength, Without, model, padded
 from tests.prompts.language_nets import tokenizer, writer
 
@@ -284,6 +284,20 @@ def test_a_final_scorer_is_asked_no_more_than_the_budget_allows():
     assert all(one.scorer_calls <= 2 for one in result.usage)
     assert max(one.scorer_calls for one in result.usage) == 2
     assert all(pool[0].judged for pool in result.pool if any(one.finished for one in pool))
+
+
+def test_scorers_are_still_asked_when_the_last_token_is_spent():
+    # The prompt's forward is all that is allowed: its candidates are paid for, and a scorer's answers cost no forward.
+    one = BeamSearch(num_beams=2, partial=Without("#"), budget=Budget(max_forwards=1), max_new_tokens=9)
+    result = one.decode(model(seed=1, ends=[]), tokenizer(), PROMPTS)
+    assert [len(best.ids) for best in result.best] == [1, 1, 1]
+    net, finals = model(seed=3, scale=4.0, ends=MANY_ENDS), Without("")
+    for decoder in (BeamSearch(num_beams=4, final=finals), BestOfN(n=4, final=finals)):
+        limited = replace(decoder, budget=Budget(max_tokens=12), max_new_tokens=12)
+        result = limited.decode(net, tokenizer(), PROMPTS[:1])
+        assert result.usage[0].tokens == 12
+        assert all(one.judged for one in result.pool[0] if one.finished)
+        assert result.best[0].judged
 
 
 @pytest.mark.parametrize(

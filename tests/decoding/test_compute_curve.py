@@ -9,6 +9,7 @@ import torch
 from lightning_peft.budget import Budget
 from lightning_peft.decoding import MBR, BeamSearch, BestOfN, Greedy, Sample, SelfConsistency, compute_curve
 from lightning_peft.decoding.compute_curve import bootstrap_band, pass_at_k
+from lightning_peft.decoding.draft import Draft
 from tests.decoding.searched import MANY_ENDS, PROMPTS, Counting, model
 from tests.prompts.language_nets import tokenizer
 
@@ -46,6 +47,20 @@ def test_selectors_share_one_pool_that_is_drawn_once():
         assert len({(row.coverage, row.tokens) for row in rows}) == 1
         assert all(row.tokens <= budget for row in rows)
     assert {row.scorer_calls > 0 for row in curve.rows if row.decoder == "longest"} == {True}
+
+
+def test_prompts_that_know_their_problem_keep_it():
+    net, decoders = model(scale=4.0), {"longest": BestOfN(n=4, final=lengths, max_new_tokens=8)}
+    drafts = [Draft("", prompt=prompt, problem=7 + place) for place, prompt in enumerate(PROMPTS)]
+    shared, seen = {"model": net, "tokenizer": tokenizer()}, set()
+
+    def verifier(texts):
+        seen.update(text.problem for text in texts)
+        return [True] * len(texts)
+
+    (row,) = compute_curve(decoders, drafts, verifier, [1000], cut_counts=True, **shared).rows
+    assert row.scorer_calls > 0
+    assert seen == {7, 8, 9}
 
 
 def test_with_all_samples_coverage_is_the_oracle_s_and_selected_never_more():
@@ -124,6 +139,8 @@ def test_what_cannot_be_compared_is_refused():
     shared = {"model": model(), "tokenizer": tokenizer()}
     with pytest.raises(ValueError, match="0 prompts"):
         compute_curve({"greedy": Greedy()}, [], has_letter, [4], **shared)
+    with pytest.raises(ValueError, match="give a list of prompts"):
+        compute_curve({"greedy": Greedy()}, "It is", has_letter, [4], **shared)
     with pytest.raises(ValueError, match="'other' is a Other without a budget"):
         compute_curve({"other": Other()}, PROMPTS, has_letter, [4], **shared)
     with pytest.raises(ValueError, match="k=3"):

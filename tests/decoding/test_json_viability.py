@@ -114,9 +114,33 @@ def test_true_is_not_one_and_a_number_alone_is_finished_and_may_grow():
     assert JSONViability().finished(["1", "12", "1.", "-"]) == [True, True, False, False]
 
 
+def test_a_character_that_is_escaped_in_two_halves_lives():
+    for schema, text in (
+        ({"enum": ["\U0001f600"]}, r'"\ud83d\ude00"'),
+        ({"properties": {"\U0001f600": {}}, "additionalProperties": False}, r'{"\ud83d\ude00": 1}'),
+    ):
+        scorer = JSONViability(schema)
+        assert scorer([text[:cut] for cut in range(len(text) + 1)]).eq(0).all()
+        assert scorer.finished([text]) == [True]
+
+
+def test_a_number_has_as_many_digits_as_it_likes():
+    long = "9" * 5000
+    assert JSONViability().finished([long, f"[{long}]"]) == [True, True]
+    assert JSONViability({"enum": [1, 1.5]}).finished([long, "1", "1.50"]) == [False, True, True]
+
+
+def test_a_cut_character_may_go_on_and_ends_nothing():
+    scorer = JSONViability()
+    assert scorer(['"a\ufffd', "[1]\ufffd"]).tolist() == [0, 0]
+    assert scorer.finished(["[1]\ufffd", '"\ufffd"']) == [False, True]
+
+
 @pytest.mark.parametrize(
-    "schema", [{"minLength": 1}, {"items": {"oneOf": []}}, {"additionalProperties": {}}, {"enum": [[1]]}]
-)
+    "schema",
+    [{"minLength": 1}, {"items": {"oneOf": []}}, {"additionalProperties": {}}, {"enum": [[1]]}, {"type": "str"}, {"items": True},
+     {"properties": {"a": [1]}}, {"items": {"type": ["null", "int"]}}],
+)  # fmt: skip
 def test_demands_that_cannot_be_judged_are_refused(schema):
     with pytest.raises(ValueError, match="JSONViability"):
         JSONViability(schema)

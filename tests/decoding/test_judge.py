@@ -30,7 +30,13 @@ def test_what_would_be_asked_is_known_before():
 
 
 @pytest.mark.parametrize(
-    ("values", "message"), [([1.0], "gave 1 values for 2 texts"), ([1.0, float("nan")], "gave NaN for 'b'")]
+    ("values", "message"),
+    [
+        ([1.0], "gave 1 values for 2 texts"),
+        ([1.0, float("nan")], "gave NaN for 'b'"),
+        ([[1.0], [2.0]], r"gave a tensor \(2, 1\) for 2 texts"),
+        (1.0, r"gave a tensor \(\) for 2 texts"),
+    ],
 )
 def test_a_scorer_s_mistake_is_named(values, message):
     with pytest.raises(ValueError, match=message):

@@ -40,3 +40,9 @@ def test_what_no_continuation_makes_a_match_is_dead():
 def test_a_broken_pattern_is_refused():
     with pytest.raises(ValueError, match=r"RegexViability: '\(' is no regular expression"):
         RegexViability("(")
+
+
+@pytest.mark.parametrize("pattern", ["(?r)abc", b"abc", None])
+def test_a_pattern_that_does_not_read_texts_forwards_is_refused(pattern):
+    with pytest.raises(ValueError, match="RegexViability"):
+        RegexViability(pattern)

@@ -1,8 +1,11 @@
 """Programs that mean harm are stopped, and told what stopped them; none is taken for passed."""
 
+import json
 import os
+import resource
 import socket
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -86,6 +89,13 @@ def test_a_hostile_program_is_stopped_and_reported(run, name):
     assert found.detail
 
 
+@pytest.mark.parametrize(
+    ("program", "how"), [("os._exit(3)", "with exit code 3"), ("signal.alarm(1); signal.pause()", "by signal 14")]
+)
+def test_how_a_program_ended_itself_is_told(run, program, how):
+    assert run(f"import os, signal\n{program}").detail == f"ended before its tests had, {how}"
+
+
 WRONG = "\ndef double(x): return 9"
 WRITING = """
 import os
@@ -114,6 +124,8 @@ FAKES = {
     "writing to every file": WRITING,
     "reading every file and writing it back": ECHOING,
     "patching what tests use": "import builtins\nbuiltins.abs = lambda x: 0\nbuiltins.AssertionError = None" + WRONG,
+    "giving tests builtins of its own": "import builtins\n__builtins__ = {**vars(builtins), 'abs': lambda x: 0}"
+    + WRONG,
     "patching exec and compile": "import builtins\nbuiltins.exec = builtins.compile = lambda *a, **k: None\n",
     "patching json": 'import json\njson.dumps = lambda *a: \'{"kind": "passed", "passed": 1}\'' + WRONG,
     "patching os": "import os\nos.write = os._exit = os.getpid = lambda *a: 0" + WRONG,
@@ -196,9 +208,12 @@ def test_no_other_process_is_signalled_or_seen(run):
             "os.kill(-1, 9)",
             f"open('/proc/{other.pid}/environ').read()",
             "os.kill(os.getppid(), 9)",
+            f"resource.prlimit({other.pid}, resource.RLIMIT_NOFILE, (9, 9))",
+            f"os.sched_setaffinity({other.pid}, [0])",
         ):
-            assert run(f"import os\n{action}").kind in {"forbidden", "failed"}, action
+            assert run(f"import os, resource\n{action}").kind in {"forbidden", "failed"}, action
         assert other.poll() is None
+        assert resource.prlimit(other.pid, resource.RLIMIT_NOFILE) == resource.getrlimit(resource.RLIMIT_NOFILE)
     finally:
         other.kill()
         other.wait()
@@ -216,9 +231,23 @@ def test_no_capability_is_left(run):
     assert run(program + GOOD).kind == "passed"
 
 
+@pytest.mark.parametrize(
+    "what", ["shmget(0, 4096, 0o1600)", "semget(0, 1, 0o1600)", "msgget(0, 0o1600)", "syscall(250, 0, -3, 1)"]
+)
+def test_nothing_that_outlasts_a_program_is_made_and_no_key_is_asked_for(run, what):
+    if "syscall" in what and os.uname().machine != "x86_64":
+        pytest.skip("the number is of another processor")
+    program = f"import ctypes\nlibc = ctypes.CDLL(None, use_errno=True)\nassert libc.{what} == -1 and ctypes.get_errno() == 1\n"
+    assert run(program + GOOD).kind == "passed"
+
+
 def test_secrets_of_the_environment_are_not_handed_on(run, monkeypatch):
     monkeypatch.setenv("SECRET", "hunter2")
     assert run("import os\nassert 'SECRET' not in os.environ\n" + GOOD).kind == "passed"
+    # The words a process was started with end where AT_EXECFN is.
+    program = "import ctypes\nwhere = ctypes.CDLL(None).getauxval\nwhere.restype = ctypes.c_ulong\n"
+    program += "assert b'SECRET=' not in ctypes.string_at(where(ctypes.c_ulong(31)) - 512, 512)\n"
+    assert run(program + GOOD).kind == "passed"
 
 
 def test_processes_that_a_trusted_program_leaves_are_ended():
@@ -229,6 +258,35 @@ def test_processes_that_a_trusted_program_leaves_are_ended():
     assert run_program(program, [TEST], isolation="none").kind == "passed"
     commands = [file.read_bytes() for file in Path("/proc").glob("[0-9]*/cmdline") if file.exists()]
     assert not any(name.encode() in command for command in commands)
+
+
+def children(process):
+    return [int(one) for one in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
+
+
+def runs(process):
+    try:
+        return ") Z" not in Path(f"/proc/{process}/stat").read_text()
+    except OSError:
+        return False
+
+
+@pytest.mark.parametrize("isolation", [*ISOLATIONS, "none"])
+def test_a_program_ends_with_the_process_that_waits_for_it(isolation, tmp_path):
+    job = {"program": "import time; time.sleep(60)", "tests": [], "timeout": 60, "memory": 512 << 20}
+    waiting = subprocess.Popen([sys.executable, "-I", str(sandbox._CHILD)], stdin=subprocess.PIPE, text=True)
+    waiting.stdin.write(json.dumps({**job, "isolation": isolation, "folder": str(tmp_path)}))
+    waiting.stdin.close()
+    end = time.monotonic() + 20
+    while not (workers := children(waiting.pid)) and time.monotonic() < end:
+        time.sleep(0.05)
+    time.sleep(0.5)  # until the program runs
+    waiting.kill()
+    waiting.wait()
+    while any(map(runs, workers)) and time.monotonic() < end:
+        time.sleep(0.05)
+    assert workers
+    assert time.monotonic() < end
 
 
 def test_the_share_of_tests_and_the_tests_of_each_problem():

@@ -7,6 +7,7 @@ import torch
 
 from lightning_peft.budget import Budget
 from lightning_peft.decoding import Greedy, Sample
+from lightning_peft.decoding.draft import Draft
 from tests.decoding.searched import PROMPTS, Counting, model, padded
 from tests.prompts.language_nets import tokenizer
 
@@ -47,6 +48,19 @@ def test_drawn_texts_are_those_of_the_seed_whatever_the_batch_and_the_generators
 def test_a_prompt_that_stands_twice_is_drawn_twice():
     one, other = Sample(n=3, max_new_tokens=8).decode(model(scale=2.0), tokenizer(), [PROMPTS[0]] * 2).pool
     assert [found.ids for found in one] != [found.ids for found in other]
+
+
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        ("It is", "'It is' must be a list of texts"),
+        ([""], "'' has no token"),
+        ([Draft("", prompt=prompt) for prompt in PROMPTS], r"problems \[0, 0, 0\]; each needs a number"),
+    ],
+)
+def test_prompts_that_would_be_misread_are_refused(prompts, message):
+    with pytest.raises(ValueError, match=message):
+        Greedy(max_new_tokens=2).decode(model(), tokenizer(), prompts)
 
 
 @pytest.mark.parametrize("temperature", [0.7, 1.0, 2.0])

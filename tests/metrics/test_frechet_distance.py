@@ -51,6 +51,14 @@ def test_of_a_set_to_itself_it_is_zero():
     assert float(filled(FrechetDistance(network(), 6), real, real).compute()) == pytest.approx(0, abs=1e-6)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_samples_that_are_no_numbers_give_none_and_do_not_end_the_process(value, capfd):
+    real, generated = images()
+    metric = filled(FrechetDistance(lambda rows: rows.flatten(1), 16), real, torch.full_like(generated, value))
+    assert np.isnan(float(metric.compute()))
+    assert capfd.readouterr() == ("", "")  # some routines complain here, and may not come back
+
+
 def test_the_network_is_no_part_of_a_module_that_holds_the_metric():
     class Holder(pl.LightningModule):
         def __init__(self):

@@ -103,6 +103,25 @@ def test_distances_near_zero_are_not_lost_to_rounding():
     assert float(nearest_distances(rows + 0.01, rows)[0]) == pytest.approx(0.08, rel=1e-2)
 
 
+@pytest.mark.parametrize(("scale", "shift"), [(255, 0), (1, 1e4)])
+def test_copies_lie_at_no_distance_whatever_the_scale(scale, shift):
+    rows = torch.rand(60, 64, dtype=torch.float64) * scale + shift
+    assert nearest_distances(rows[:9], rows).tolist() == [0.0] * 9
+    twice = torch.cat([rows, rows[:9]])
+    radii = neighbour_radii(twice, 1)
+    assert radii[:9].tolist() == radii[-9:].tolist() == [0.0] * 9
+    assert covering_balls(rows[:9], twice, radii).ge(2).all()
+    exact = (rows[:9, None] - rows[None, 9:]).norm(dim=2).amin(1)
+    assert torch.allclose(nearest_distances(rows[:9], rows[9:]), exact, rtol=1e-12, atol=0)
+
+
+def test_rows_that_are_no_numbers_are_near_nothing_and_spoil_no_others():
+    real, generated = sets()
+    generated[0] = float("nan")
+    assert float(filled(PrecisionRecall(), real, generated).compute()["recall"]) > 0
+    assert covering_balls(generated[:1], real, neighbour_radii(real, 5)).tolist() == [0]
+
+
 def test_parts_of_large_sets_are_joined_in_their_order(monkeypatch):
     real, generated = sets()
     whole = [f(generated, real) for f in (nearest_distances,)] + [neighbour_radii(real, 3)]
@@ -158,5 +177,7 @@ def test_what_cannot_be_is_refused():
         PrecisionRecall(0)
     with pytest.raises(ValueError, match="k=5 needs more than 5 rows; there are 5"):
         neighbour_radii(torch.rand(5, 2), 5)
+    with pytest.raises(ValueError, match="rows of 1 values cannot be compared with rows of 2"):
+        nearest_distances(torch.rand(5, 1), torch.rand(5, 2))
     with pytest.raises(ValueError, match="held_out=True is of real rows"):
         Memorisation().update(torch.rand(2, 2), real=False, held_out=True)

@@ -171,3 +171,12 @@ def test_help_and_a_wrong_option(capsys):
     assert "--quick" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="2"):
         recipe.main(["--beam", "x"])
+
+
+@pytest.mark.parametrize(
+    "option", ["--problems=0", "--samples=0", "--max_new_tokens=0", "--temperature=0", "--beams=0"]
+)
+def test_a_setting_that_means_nothing_is_refused_before_the_model_is_read(option, monkeypatch):
+    monkeypatch.setattr(recipe, "coder", lambda options: pytest.fail("the model is read"))
+    with pytest.raises(ValueError, match=option[2:].partition("=")[0]):
+        recipe.main([option])

@@ -27,22 +27,27 @@ _MS_RDONLY, _MS_NOSUID, _MS_NODEV, _MS_NOEXEC, _MS_REMOUNT, _MS_BIND, _MS_REC, _
 )  # fmt: skip
 _PR_SET_PDEATHSIG, _PR_SET_SECCOMP, _PR_CAPBSET_DROP, _PR_SET_SUBREAPER, _PR_SET_NO_NEW_PRIVS = 1, 22, 24, 36, 38
 _LANDLOCK = {"create": 444, "add": 445, "restrict": 446}
-# System calls by processor; clone is filtered by its flags, clone3 (whose flags are out of a filter's sight) is refused as unknown.
-# By processor: its number, those two, and what is refused. First socket, fork, vfork, kill, ptrace, chroot, mount, unshare, setns,
-# process_vm_readv, process_vm_writev, io_uring_setup (which leads around a filter); then what changes the modes, owners, times and
-# attributes of files, which Landlock does not know.
+# System calls by processor; clone is filtered by its flags, prlimit64 by its process (0 is the caller), clone3 (whose flags are out
+# of a filter's sight) is refused as unknown.
+# By processor: its number, those three, and what is refused. First socket, fork, vfork, kill, ptrace, chroot, mount, unshare,
+# setns, process_vm_readv, process_vm_writev, io_uring_setup (which leads around a filter); then what changes the modes, owners,
+# times and attributes of files, which Landlock does not know; then shmget, semget, msgget (memory that no limit counts, and that
+# stays), add_key, request_key, keyctl (the user's keys), setpriority, sched_setparam, sched_setscheduler, sched_setaffinity,
+# ioprio_set, sched_setattr (the user's other processes).
 _X86_FILES = (90, 91, 92, 93, 94, 132, 188, 189, 190, 197, 198, 199, 235, 260, 261, 268, 280, 452)
 _ARM_FILES = (5, 6, 7, 14, 15, 16, 52, 53, 54, 55, 88, 452)
+_X86_SHARED = (29, 64, 68, 248, 249, 250, 141, 142, 144, 203, 251, 314)
+_ARM_SHARED = (194, 190, 186, 217, 218, 219, 140, 118, 119, 122, 30, 274)
 _SYSCALLS = {
     "x86_64": (
         0xC000003E,
-        {"clone": 56, "clone3": 435},
-        [41, 57, 58, 62, 101, 161, 165, 272, 308, 310, 311, 425, *_X86_FILES],
+        {"clone": 56, "clone3": 435, "prlimit64": 302},
+        [41, 57, 58, 62, 101, 161, 165, 272, 308, 310, 311, 425, *_X86_FILES, *_X86_SHARED],
     ),
     "aarch64": (
         0xC00000B7,
-        {"clone": 220, "clone3": 435},
-        [198, 129, 117, 51, 40, 97, 268, 270, 271, 425, *_ARM_FILES],
+        {"clone": 220, "clone3": 435, "prlimit64": 261},
+        [198, 129, 117, 51, 40, 97, 268, 270, 271, 425, *_ARM_FILES, *_ARM_SHARED],
     ),
 }
 _CLONE_THREAD, _EPERM, _ENOSYS = 0x00010000, 1, 38
@@ -187,7 +192,9 @@ def can_filter() -> bool:
 
 
 def forbid_calls() -> None:
-    """Refuse sockets, new processes (not threads), signals to others, tracing, new mounts and modes, by a seccomp filter.
+    """Refuse sockets, new processes (not threads), what reaches other processes or outlasts this one, new mounts and modes.
+
+    By a seccomp filter.
 
     Raises:
         OSError: Where the kernel has no filters.
@@ -210,6 +217,11 @@ def _filter(architecture: int, numbers: dict[str, int], refused: list[int]) -> l
     for number in refused:
         lines += [(equal, 0, 1, number), (answer, 0, 0, refuse | _EPERM)]
     lines += [
+        (equal, 0, 4, numbers["prlimit64"]),
+        (load, 0, 0, 16),
+        (equal, 0, 1, 0),
+        (answer, 0, 0, allow),
+        (answer, 0, 0, refuse | _EPERM),
         (equal, 0, 3, numbers["clone"]),
         (load, 0, 0, 16),
         (any_bit, 1, 0, _CLONE_THREAD),

@@ -44,8 +44,7 @@ class JSONPrefix:
     """
 
     def __init__(self, text: str, schema: Mapping[str, Any]) -> None:
-        # Bytes of a character that was cut in two are decoded to U+FFFD, and may still become any character.
-        self.text = text.rstrip("\ufffd")
+        self.text = text
         self.schema = schema
         self.place = 0
         self.open: list[_Container] = []
@@ -121,7 +120,7 @@ class JSONPrefix:
             self._ended(whole.end())
             return None if may_be(schema, whole[0]) else DEAD
         begun = _OPEN_STRING.match(self.text, self.place)
-        return ALIVE if begun is not None and may_grow(schema, json.loads(begun[1] + '"')) else DEAD
+        return ALIVE if begun is not None and may_grow(schema, _begun(begun[1])) else DEAD
 
     def _number(self, schema: Mapping[str, Any]) -> str | None:
         run = _NUMERIC.match(self.text, self.place)[0]  # type: ignore[index]  # begins with a digit or a minus
@@ -154,4 +153,11 @@ class JSONPrefix:
         begun = _OPEN_STRING.match(self.text, self.place) if character == '"' else None
         if begun is None:
             return DEAD
-        return ALIVE if may_be_key(container.schema, json.loads(begun[1] + '"'), open_ended=True) else DEAD
+        return ALIVE if may_be_key(container.schema, _begun(begun[1]), open_ended=True) else DEAD
+
+
+def _begun(written: str) -> str:
+    """Return the value of a string that is still open, without what is no character yet."""
+    found: str = json.loads(written + '"')
+    # An escaped half of a surrogate pair, whose other half may follow.
+    return found[:-1] if "\ud800" <= found[-1:] <= "\udbff" else found

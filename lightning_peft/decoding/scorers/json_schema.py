@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from decimal import Decimal
 from typing import Any
 
 TYPES = {'"': ("string",), "{": ("object",), "[": ("array",), "t": ("boolean",), "f": ("boolean",), "n": ("null",)}
@@ -23,6 +24,11 @@ def checked_schema(schema: Mapping[str, Any]) -> dict[str, Any]:
     >>> checked_schema({"title": "Age", "type": "integer"})
     {'title': 'Age', 'type': 'integer'}
     """
+    if not isinstance(schema, Mapping):
+        raise ValueError(f"JSONViability: the schema {schema!r} must be a mapping; {{}} demands nothing.")
+    types = {"number", "integer"}.union(*TYPES.values())
+    if wrong := [one for one in _types(schema) if one not in types]:
+        raise ValueError(f"JSONViability: type {wrong!r} is none of {sorted(types)}.")
     unknown = sorted(set(schema) - KNOWN - WORDS)
     if unknown or not isinstance(schema.get("additionalProperties", True), bool):
         what = unknown or ["additionalProperties with a schema"]
@@ -47,16 +53,15 @@ def options(schema: Mapping[str, Any]) -> list[Any] | None:
 def may_begin(schema: Mapping[str, Any], character: str) -> bool:
     """Return whether a value may begin with a character."""
     kinds = TYPES.get(character, ("number", "integer"))
-    wanted, allowed = schema.get("type", kinds), options(schema)
+    wanted, allowed = _types(schema) or kinds, options(schema)
     if allowed is not None and kinds not in [TYPES.get(json.dumps(one)[0], ("number", "integer")) for one in allowed]:
         return False
-    return any(kind in ([wanted] if isinstance(wanted, str) else wanted) for kind in kinds)
+    return any(kind in wanted for kind in kinds)
 
 
 def may_be(schema: Mapping[str, Any], written: str) -> bool:
     """Return whether a plain value, as it is written, is one that the schema allows."""
-    wanted = schema.get("type", ())
-    wanted = [wanted] if isinstance(wanted, str) else wanted
+    wanted = _types(schema)
     if (
         "integer" in wanted
         and "number" not in wanted
@@ -64,7 +69,8 @@ def may_be(schema: Mapping[str, Any], written: str) -> bool:
         and not written.lstrip("-").isdigit()
     ):
         return False
-    found, allowed = json.loads(written), options(schema)
+    # Python refuses to read whole numbers of more than some thousand digits; decimals have no limit, and are equal to them.
+    found, allowed = json.loads(written, parse_int=Decimal), options(schema)
     return allowed is None or any(found == one and isinstance(found, bool) == isinstance(one, bool) for one in allowed)
 
 
@@ -80,3 +86,9 @@ def may_be_key(schema: Mapping[str, Any], key: str, *, open_ended: bool) -> bool
         return True
     names = schema.get("properties", {})
     return any(name.startswith(key) for name in names) if open_ended else key in names
+
+
+def _types(schema: Mapping[str, Any]) -> list[str]:
+    """Return the types that a schema names, or none."""
+    wanted = schema.get("type", [])
+    return [wanted] if isinstance(wanted, str) else list(wanted)

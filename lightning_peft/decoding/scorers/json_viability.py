@@ -23,7 +23,7 @@ class JSONViability(PrefixScorer):
         cache_size: How many answers are remembered.
 
     Raises:
-        ValueError: For a keyword of JSON Schema that is not among these.
+        ValueError: For a keyword of JSON Schema that is not among these, an unknown type, or a schema that is no mapping.
 
     >>> scorer = JSONViability({"type": "object", "properties": {"age": {"type": "integer"}}, "additionalProperties": False})
     >>> scorer(['{"a', '{"b', '{"age": 4', '{"age": "']), scorer.finished(['{"age": 4}', "{"])
@@ -38,7 +38,8 @@ class JSONViability(PrefixScorer):
 
     @override
     def can_continue(self, text: str) -> bool:
-        return JSONPrefix(text, self.schema).standing() != DEAD
+        # Bytes of a character that was cut in two are decoded to U+FFFD, and may still become any character.
+        return JSONPrefix(text.rstrip("\ufffd"), self.schema).standing() != DEAD
 
     @override
     def is_complete(self, text: str) -> bool:

@@ -14,13 +14,17 @@ class RegexViability(PrefixScorer):
 
     Uses the partial matching of the package ``regex``, which comes with transformers.
 
+    **The trap:** it takes the end of what is written for the end of the text where it looks ahead without reading on: ``\B``, and
+    ``$`` inside of a lookahead, can kill a text that may still become a match. Neither is needed where the whole text must match.
+
     Args:
-        pattern: In the syntax of ``regex``, a superset of that of ``re``. The whole text must match in the end.
+        pattern: In the syntax of ``regex``, a superset of that of ``re``. The whole text must match in the end. Patterns that
+            match from the end backwards, ``(?r)``, are refused.
         reads: ``"completion"`` judges what was written alone.
         cache_size: How many answers are remembered.
 
     Raises:
-        ValueError: If the pattern is none.
+        ValueError: If the pattern is none, or matches backwards.
         ImportError: Without the package ``regex``.
 
     >>> scorer = RegexViability(r"\d{4}-\d{2}-\d{2}")
@@ -35,8 +39,12 @@ class RegexViability(PrefixScorer):
         self.pattern = pattern
         try:
             self._matcher: Any = regex.compile(pattern)
-        except regex.error as error:
+        except (regex.error, TypeError) as error:
             raise ValueError(f"RegexViability: {pattern!r} is no regular expression: {error}.") from error
+        if self._matcher.flags & regex.REVERSE or not isinstance(self._matcher.pattern, str):
+            raise ValueError(
+                f"RegexViability: {pattern!r} matches backwards, or bytes; texts are written from their beginning."
+            )
 
     @override
     def can_continue(self, text: str) -> bool:

@@ -21,7 +21,8 @@ class RunsTests(TextScorer):
     size and processes. What else it may do depends on ``isolation``. All processes that it leaves behind are ended.
 
     **The trap**: program and tests share a process. One that ends itself early, writes to every open file or patches builtins is
-    not taken for passed; one that walks through the harness's frames, or returns what equals everything, can be.
+    not taken for passed; one that walks through the harness's frames, returns what equals everything, or defines a name or puts
+    a module of its own where the tests look for Python's, can be.
 
     Args:
         tests: For each problem (``Draft.problem``) its tests: one source, or several. A plain string is of problem 0.

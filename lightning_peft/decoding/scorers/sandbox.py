@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -121,9 +122,12 @@ def why_not(isolation: Isolation) -> str | None:
 
 def _child(job: dict[str, Any], timeout: float) -> dict[str, Any]:
     command = [sys.executable, "-I", "-B", str(_CHILD)]
+    # What a process was started with stays in its memory, where a program can read it. Some Pythons need this one to start.
+    environment = {name: value for name, value in os.environ.items() if name == "LD_LIBRARY_PATH"}
     try:
         run = subprocess.run(
             command,
+            env=environment,
             input=json.dumps(job),
             capture_output=True,
             text=True,

@@ -107,7 +107,8 @@ def _judge(said: bytes, status: int, seal: Any, *, late: bool) -> dict[str, Any]
         }
     if number == signal.SIGXFSZ:
         return {"kind": "forbidden", "detail": "wrote a file beyond the limit", "passed": 0}
-    return {"kind": "exited", "detail": f"ended before its tests had, with status {status}", "passed": 0}
+    how = f"by signal {number}" if number else f"with exit code {status >> 8}"
+    return {"kind": "exited", "detail": f"ended before its tests had, {how}", "passed": 0}
 
 
 def _first(job: dict[str, Any], seal: Any, sender: int) -> NoReturn:
@@ -115,8 +116,8 @@ def _first(job: dict[str, Any], seal: Any, sender: int) -> NoReturn:
     # Held here: what a program puts in the place of the system's functions, or of json's, reports nothing.
     write, leave = os.write, os._exit
     try:
+        confinement.die_with_parent()
         if job["isolation"] == "namespaces":
-            confinement.die_with_parent()
             confinement.close_file_system(Path(job["folder"]))
             worker = os.fork()
             if worker:
@@ -163,20 +164,21 @@ def _run(program: str, tests: list[str]) -> tuple[str, int, str]:
     """Run a program, then each test in what the program left; a test passes that raises nothing."""
     module = types.ModuleType("__main__")
     sys.modules["__main__"] = module
-    space, passed = vars(module), 0
-    first = _raised(program, "program", space)
+    space, passed, plain = vars(module), 0, dict(vars(builtins))
+    first = _raised(program, "program", space, plain)
     for place, test in enumerate(tests if first is None else ()):
-        found = _raised(test, f"test {place}", space)
+        # A copy, which a thread of the program does not know, in place of what the program calls so.
+        space["__builtins__"] = dict(plain)
+        found = _raised(test, f"test {place}", space, plain)
         passed += found is None
         first = first or found
     kind, detail = first or ("passed", "")
     return kind, passed, detail
 
 
-def _raised(source: str, name: str, space: dict[str, Any]) -> tuple[str, str] | None:
-    """Return kind and text of what a source raised, or ``None``."""
+def _raised(source: str, name: str, space: dict[str, Any], plain: dict[str, Any]) -> tuple[str, str] | None:
+    """Return kind and text of what a source raised, or ``None``; builtins are the plain ones again afterwards."""
     names, untrace = vars(builtins), sys.settrace
-    plain = dict(names)
     raised: BaseException | None = None
     try:
         exec(compile(source, f"<{name}>", "exec", dont_inherit=True), space)
