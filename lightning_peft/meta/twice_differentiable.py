@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
+import torch
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -18,8 +19,27 @@ def math_attention(needed: bool) -> Iterator[None]:
     if not needed:
         yield
         return
-    with sdpa_kernel(SDPBackend.MATH):
-        yield
+    # nn.MultiheadAttention and nn.TransformerEncoderLayer have a kernel of their own, in eval mode without gradients.
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+
+
+def no_checkpointing(owner: str) -> AbstractContextManager[None]:
+    """Refuse gradient checkpointing inside.
+
+    **The trap:** it runs a layer a second time when its gradient is taken. The adapted weights have left their places by then, and
+    the gradient would be that of the module's own, without an error.
+    """
+    refused: AbstractContextManager[None] = torch.autograd.graph.disable_saved_tensors_hooks(
+        f"{owner}: gradient checkpointing (a hook on saved tensors) runs a layer again when the adapted weights have left their "
+        "places, so its gradients would be wrong. Switch it off; to save memory use MetaConfig(memory='recompute'), task_chunk or task_batching='loop'."
+    )
+    return refused
 
 
 def explained(error: RuntimeError, owner: str) -> RuntimeError:

@@ -23,6 +23,7 @@ from lightning_peft.meta.task_losses import Params, TaskCalls
 from lightning_peft.meta.twice_differentiable import (
     explained,
     math_attention,
+    no_checkpointing,
     no_second_derivative,
     once_differentiable,
 )
@@ -278,6 +279,7 @@ class MetaLearner:
         with ExitStack() as stack:
             # Stacked tasks too: vmap has no rule for the fused kernels, and would run them task by task.
             stack.enter_context(math_attention(second_order or self.module.meta.task_batching == "stacked"))
+            stack.enter_context(no_checkpointing(self.name))
             if not self._by_step:
                 stack.enter_context(self.normalising(0))
             stack.enter_context(_silenced(self.module))

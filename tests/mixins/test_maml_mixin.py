@@ -60,6 +60,12 @@ BODIES = {
     "attention": lambda: nn.Sequential(
         nn.Unflatten(1, (2, 2)), nn.Linear(2, 4), Attention(), nn.Flatten(), nn.Linear(8, 5)
     ),
+    "encoder": lambda: nn.Sequential(
+        nn.Unflatten(1, (1, 4)),
+        nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0, batch_first=True),
+        nn.Flatten(),
+        nn.Linear(4, 5),
+    ),
     "dropout": lambda: nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Dropout(0.5), nn.Linear(5, 5)),
 }
 """Bodies with every kind of layer."""
@@ -422,6 +428,28 @@ def test_an_operation_without_a_second_derivative_is_named(config, trainer):
         trainer(steps=1).fit(module, one)
     fine = Fused("linear", meta=MetaConfig(**{"task_batching": "loop", "second_order": False, **config}))
     trainer(steps=1).fit(fine, one)
+
+
+class Checkpointed(MAML):
+    def forward(self, x):
+        return self.head(torch.utils.checkpoint.checkpoint(self.backbone, x, use_reentrant=False))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_gradient_checkpointing_is_refused_where_its_gradients_would_be_wrong(way):
+    module, (x, y) = prepared(Checkpointed, adaptation_steps=2, **WAYS[way]), episode().support
+    for run in (lambda: module.learner.meta_loss(episode(), 0), lambda: module.adapt((x[0], y[0]))):
+        with pytest.raises(RuntimeError, match=r"Checkpointed: gradient checkpointing .* would be wrong.*memory='recompute'"):
+            run()
+
+
+def test_an_encoder_of_torch_is_evaluated_on_stacked_tasks_as_one_by_one():
+    curves = []
+    for way in ("stacked", "loop"):
+        module = prepared(body="encoder", adaptation_steps=2, **WAYS[way]).eval()
+        curves.append(torch.tensor(module.learner.curve(episode()).losses))
+    assert torch.allclose(*curves, atol=1e-6)
+    assert torch.backends.mha.get_fastpath_enabled()
 
 
 class Counting(MAML):
