@@ -32,6 +32,9 @@ from lightning_peft.randomness import RandomState, random_state, set_random_stat
 if TYPE_CHECKING:
     from lightning_peft.mixins.maml_mixin import MAMLMixin
 
+_NOT_STACKED = ("vmap", "Batching rule not implemented")
+"""What torch says where something cannot be vectorised."""
+
 
 class MetaLearner:
     """Adapts a module to tasks, and gives the gradient of how well that went.
@@ -302,7 +305,7 @@ class MetaLearner:
                 "adaptation_loss(self, batch) without what stops it."
             ) from error
         except RuntimeError as error:
-            if "vmap" in str(error):
+            if any(sign in str(error) for sign in _NOT_STACKED):
                 raise RuntimeError(
                     f"{self.name}: something in the loss cannot run on stacked tasks: {error}. Use "
                     "MetaConfig(task_batching='loop'), or define adaptation_loss(self, batch) without it."

@@ -469,6 +469,21 @@ def test_what_cannot_be_stacked_says_so_and_runs_in_a_loop(trainer):
     trainer(steps=1).fit(Counting(meta=MetaConfig(task_batching="loop")), loader())
 
 
+class Recurrent(MAML):
+    def __init__(self, **options) -> None:
+        super().__init__("linear", **options)
+        self.recurrent = nn.LSTM(4, 4, batch_first=True)
+
+    def forward(self, x):
+        return super().forward(self.recurrent(x[:, None])[0][:, 0])
+
+
+def test_a_layer_without_a_rule_for_stacked_tasks_says_so_and_runs_in_a_loop(trainer):
+    with pytest.raises(RuntimeError, match="Recurrent: .* cannot run on stacked tasks: .*lstm.*task_batching='loop'"):
+        trainer(steps=1).fit(Recurrent(), loader())
+    trainer(steps=1).fit(Recurrent(meta=MetaConfig(task_batching="loop")), loader(), loader())
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [
