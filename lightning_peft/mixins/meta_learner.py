@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import lightning.pytorch as pl
 import torch
 from torch import Tensor
+from torchmetrics import Metric
 
 from lightning_peft.meta.adaptation_curve import AdaptationCurve
 from lightning_peft.meta.episode import Episode
@@ -278,7 +279,7 @@ class MetaLearner:
 
     @contextmanager
     def _conditions(self, *, second_order: bool) -> Iterator[None]:
-        """Silence the module's logs, which would see tasks and not batches, and choose kernels."""
+        """Silence the module's logs and metrics, which would see tasks and not batches, and choose kernels."""
         with ExitStack() as stack:
             # Stacked tasks too: vmap has no rule for the fused kernels, and would run them task by task.
             stack.enter_context(math_attention(second_order or self.module.meta.task_batching == "stacked"))
@@ -286,6 +287,7 @@ class MetaLearner:
             if not self._by_step:
                 stack.enter_context(self.normalising(0))
             stack.enter_context(_silenced(self.module))
+            stack.enter_context(_metrics_kept(self.module))
             yield
 
     @staticmethod
@@ -346,6 +348,25 @@ def _silenced(module: pl.LightningModule) -> Iterator[None]:
         for name in attributes:
             del vars(module)[name]
         vars(module).update(kept)
+
+
+@contextmanager
+def _metrics_kept(module: pl.LightningModule) -> Iterator[None]:
+    """Take back what the module's metrics count inside; nothing that vmap wrapped stays in them."""
+    kept = [(vars(one), _state(one)) for one in module.modules() if isinstance(one, Metric)]
+    try:
+        yield
+    finally:
+        for attributes, state in kept:
+            attributes.update(state)
+
+
+def _state(metric: Metric) -> dict[str, Any]:
+    """Return the attributes of a metric, with copies of what it may change in place."""
+    return {
+        name: value.clone() if isinstance(value, Tensor) else list(value) if isinstance(value, list) else value
+        for name, value in vars(metric).items()
+    }
 
 
 def _nothing(*args: Any, **kwargs: Any) -> None:

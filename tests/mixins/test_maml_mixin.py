@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call, grad, vmap
 from torch.utils.data import DataLoader
+from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_peft import (
     ANILMixin,
@@ -467,6 +468,29 @@ def test_what_cannot_be_stacked_says_so_and_runs_in_a_loop(trainer):
     ):
         trainer(steps=1).fit(Counting(), loader())
     trainer(steps=1).fit(Counting(meta=MetaConfig(task_batching="loop")), loader())
+
+
+class Measured(Net):
+    def __init__(self) -> None:
+        super().__init__("linear")
+        self.accuracy = MulticlassAccuracy(3, average="micro", validate_args=False)
+
+    def training_step(self, batch, batch_idx):
+        logits = self(batch[0])
+        self.log("accuracy", self.accuracy(logits, batch[1]))
+        return F.cross_entropy(logits, batch[1])
+
+
+class MeasuredMAML(MAMLMixin, Measured): ...
+
+
+@pytest.mark.parametrize("way", ["stacked", "loop"])
+def test_the_metrics_of_a_module_count_no_tasks(way, trainer):
+    module = MeasuredMAML(meta=MetaConfig(adaptation_steps=2, **WAYS[way]))
+    module.accuracy.update(torch.tensor([1, 2, 2]), torch.tensor([1, 1, 2]))
+    trainer(epochs=2).fit(module, loader(), loader())
+    assert module.accuracy.compute().item() == pytest.approx(2 / 3)
+    copy.deepcopy(module)
 
 
 class Recurrent(MAML):
