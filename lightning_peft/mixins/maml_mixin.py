@@ -54,7 +54,8 @@ class MAMLMixin(pl.LightningModule):
         **kwargs: Handed on to the module.
 
     Raises:
-        ValueError: When a fit begins, for manual optimization, or fp16 with gradients that no scaler reaches.
+        ValueError: When a fit begins, for manual optimization, fp16 with gradients that no scaler reaches, or learned rates that
+            no optimizer holds.
         RuntimeError: For operations that cannot be vectorised, or differentiated twice, with their names.
     """
 
@@ -172,6 +173,11 @@ class MAMLMixin(pl.LightningModule):
         super().setup(stage)
         if stage == "fit":
             self.learner.refuse_fit(self.trainer)
+
+    @override
+    def on_train_start(self) -> None:
+        super().on_train_start()
+        self.learner.refuse_still_rates(self.trainer)
 
     # A compiled step could not be differentiated inside; MetaConfig.compile compiles what can be.
     @torch.compiler.disable  # type: ignore[untyped-decorator]

@@ -76,6 +76,22 @@ class MetaLearner:
                 "underflows. Use precision='bf16-mixed' or '32-true', or MetaConfig(second_order=False) with stacked tasks."
             )
 
+    def refuse_still_rates(self, trainer: pl.Trainer) -> None:
+        """Stop a run whose learned rates no optimizer holds: they would never move.
+
+        Raises:
+            ValueError: With what to add.
+        """
+        rates = self.module.inner_rates
+        if rates is None:
+            return
+        held = {id(p) for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]}
+        if any(p.requires_grad and id(p) not in held for p in rates.parameters()):
+            raise ValueError(
+                f"{self.name}: learn_inner_lr={self.module.meta.learn_inner_lr!r}, and configure_optimizers gives the rates to no "
+                "optimizer, so they would never move. Add self.inner_rates.parameters() to a group; self.parameters() holds them."
+            )
+
     # --- training -------------------------------------------------------------------------------------------------------------
 
     def meta_loss(self, episode: Episode, epoch: int) -> tuple[Tensor, Outcome]:

@@ -287,6 +287,30 @@ def test_an_adapter_is_meta_learned_over_a_body_that_stays(way, trainer):
     assert moved == {name for name, p in module.named_parameters() if p.requires_grad}
 
 
+class Grouped(Net):
+    def configure_optimizers(self):
+        groups = [{"params": self.backbone.parameters()}, {"params": self.head.parameters(), "lr": 0.2}]
+        return torch.optim.SGD(groups, lr=self.lr)
+
+
+class GroupedSGD(MetaSGDMixin, Grouped): ...
+
+
+class GroupedRates(GroupedSGD):
+    def configure_optimizers(self):
+        optimizer = super().configure_optimizers()
+        optimizer.add_param_group({"params": self.inner_rates.parameters()})
+        return optimizer
+
+
+def test_learned_rates_that_no_optimizer_holds_are_refused(trainer):
+    with pytest.raises(ValueError, match=r"GroupedSGD: learn_inner_lr='parameter'.*never move.*self\.inner_rates\.parameters"):
+        trainer(steps=1).fit(GroupedSGD(), loader())
+    module = GroupedRates()
+    trainer(steps=1).fit(module, loader())
+    assert not torch.equal(module.inner_rates.values[0], torch.full_like(module.inner_rates.values[0], module.meta.inner_lr))
+
+
 def test_reptile_moves_towards_what_tasks_adapt_to():
     module, batch = prepared(Reptile, adaptation_steps=4), episode()
     found = gradients(module, module.learner.reptile_loss(batch)[0])
