@@ -259,10 +259,11 @@ class MAMLMixin(pl.LightningModule):
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        super().on_load_checkpoint(checkpoint)
         if not self._given and _KEY in checkpoint:
             self.meta = MetaConfig(**checkpoint[_KEY])
-        self.attach_meta()
+        # What is learned beside the weights comes after adapters, and before they look for a place of all that was saved.
+        self.configure_model()
+        super().on_load_checkpoint(checkpoint)
 
     def _with_preset(self, config: MetaConfig) -> MetaConfig:
         defaults = {field.name: field.default for field in fields(MetaConfig)}

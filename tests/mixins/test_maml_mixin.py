@@ -403,6 +403,21 @@ def test_a_resumed_run_ends_where_the_whole_one_ends(fit, tmp_path):
     assert torch.equal(loaded.inner_rates.values[0], half.lightning_module.inner_rates.values[0])
 
 
+@pytest.mark.parametrize("adapt", ["adapters", "all", "head"])
+def test_learned_rates_of_adapters_are_loaded_and_resumed(adapt, fit, tmp_path):
+    meta = MetaConfig(adapt=adapt, learn_inner_lr="layer_step", adaptation_steps=2, inner_lr=0.1)
+    saved = AdapterMAML("linear", meta=meta)
+    fit(saved, epochs=2, fit_with=(loader(),)).save_checkpoint(tmp_path / "half.ckpt")
+    loaded = AdapterMAML.load_from_checkpoint(tmp_path / "half.ckpt", body="linear")
+    assert loaded.meta == meta
+    assert torch.equal(loaded.inner_rates.values, saved.inner_rates.values)
+    rest = AdapterMAML("linear", meta=meta)
+    fit(rest, epochs=4, ckpt_path=tmp_path / "half.ckpt", fit_with=(loader(),))
+    whole = AdapterMAML("linear", meta=meta)
+    fit(whole, epochs=4, fit_with=(loader(),))
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), rest.parameters(), strict=True))
+
+
 def test_a_module_is_copied_and_pickled_in_the_middle():
     module, batch = prepared(learn_inner_lr="layer"), episode()
     expected = gradients(module, module.learner.meta_loss(batch, 0)[0])
