@@ -643,6 +643,24 @@ def test_tasks_without_classes_have_a_loss_and_no_accuracy(trainer):
     assert not any("accuracy" in key for key in logged)
 
 
+class NoForward(pl.LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Linear(4, 3)
+
+    def training_step(self, batch, batch_idx):
+        return F.cross_entropy(self.net(batch[0]), batch[1])
+
+
+class NoForwardMAML(MAMLMixin, NoForward): ...
+
+
+def test_a_module_without_forward_has_a_loss_and_no_accuracy(trainer):
+    logged = trainer().validate(NoForwardMAML(), loader(), verbose=False)[0]
+    assert "meta/validation_loss" in logged
+    assert not any("accuracy" in key for key in logged)
+
+
 @pytest.mark.parametrize("body", ["batch_norm", "instance_norm"])
 def test_batch_statistics_are_those_of_the_batch_in_eval_mode_too(body):
     module = prepared(body=body, adaptation_steps=2)
