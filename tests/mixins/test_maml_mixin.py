@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import math
 import pickle
 
 import lightning.pytorch as pl
@@ -641,6 +642,19 @@ def test_tasks_without_classes_have_a_loss_and_no_accuracy(trainer):
     logged = trainer().validate(Regression(), loader(), verbose=False)[0]
     assert "meta/validation_loss" in logged
     assert not any("accuracy" in key for key in logged)
+
+
+class Diverging(Regression):
+    def adaptation_loss(self, batch):
+        return super().adaptation_loss(batch).exp().exp()
+
+
+def test_tasks_that_diverge_are_logged_and_drawn(trainer, tmp_path):
+    logger = pl.loggers.TensorBoardLogger(tmp_path)
+    module = Diverging("linear", meta=MetaConfig(inner_lr=1e4))
+    logged = trainer(logger=logger).validate(module, loader(), verbose=False)[0]
+    assert not math.isfinite(logged["meta/validation_loss"])
+    assert math.isnan(logged["meta/validation_loss_interval"])
 
 
 class NoForward(pl.LightningModule):
