@@ -252,7 +252,7 @@ class MetaLearner:
         return InnerLoop(
             support=support,
             query=lambda parameters, t: run(calls.query, module.query_loss, parameters, t),
-            rate=self._rate,
+            rate=lambda t: self._rate(t, list(calls.places.parameters)),
             steps=module.meta.adaptation_steps,
             weights=weights,
             second_order=second_order,
@@ -265,9 +265,9 @@ class MetaLearner:
             raise no_second_derivative(f"the custom functions {names}", self.name)
         self._checked = True
 
-    def _rate(self, t: int) -> Rate:
+    def _rate(self, t: int, names: Sequence[str]) -> Rate:
         rates = self.module.inner_rates
-        return float(self.module.meta.inner_lr) if rates is None else rates.at(t)
+        return float(self.module.meta.inner_lr) if rates is None else rates.at(t, names)
 
     def _generators(self, state: RandomState | None) -> RandomState:
         if state is not None:

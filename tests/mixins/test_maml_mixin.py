@@ -288,6 +288,33 @@ def test_an_adapter_is_meta_learned_over_a_body_that_stays(way, trainer):
     assert moved == {name for name, p in module.named_parameters() if p.requires_grad}
 
 
+@pytest.mark.parametrize("kind", ["global", "layer", "layer_step", "parameter"])
+def test_what_a_schedule_freezes_leaves_the_rates_of_the_others(kind):
+    module, batch = prepared(learn_inner_lr=kind), episode()
+    module.backbone.requires_grad_(False)
+    names, places = module.inner_parameters(), list(module.inner_rates.places)
+    assert names == ["head.weight", "head.bias"]
+    with torch.no_grad():
+        for number, parameter in enumerate(module.inner_rates.parameters()):
+            parameter.add_(0.01 * (1 + number + torch.arange(parameter.numel()).view(parameter.shape)))
+
+    def rates(step):
+        every = module.inner_rates.at(step)
+        return [every[places.index(name)] for name in names]
+
+    expected = gradients(module, by_hand(module, batch, names=names, rates=rates))
+    assert distance(gradients(module, module.learner.meta_loss(batch, 0)[0]), expected) < 1e-12
+
+
+def test_what_trains_too_late_for_a_rate_is_named():
+    module = MetaSGD()
+    module.backbone.requires_grad_(False)
+    module.configure_model()
+    module.backbone.requires_grad_(True)
+    with pytest.raises(ValueError, match=r"InnerRates: 'backbone\.0\.weight' adapts and has no rate.*learn_inner_lr='global'"):
+        module.learner.meta_loss(episode(dtype=torch.float32), 0)
+
+
 class Grouped(Net):
     def configure_optimizers(self):
         groups = [{"params": self.backbone.parameters()}, {"params": self.head.parameters(), "lr": 0.2}]
