@@ -267,9 +267,9 @@ class MAMLMixin(pl.LightningModule):
 
     def _with_preset(self, config: MetaConfig) -> MetaConfig:
         defaults = {field.name: field.default for field in fields(MetaConfig)}
-        return replace(
-            config, **{key: value for key, value in self.preset.items() if getattr(config, key) == defaults[key]}
-        )
+        # 1 == True, and second_order=1 is an epoch.
+        left = {key for key, default in defaults.items() if repr(getattr(config, key)) == repr(default)}
+        return replace(config, **{key: value for key, value in self.preset.items() if key in left})
 
 
 def _out_of_inference(batch: Any) -> Any:

@@ -243,6 +243,12 @@ def test_second_order_begins_at_its_epoch():
         assert distance(found, gradients(module, by_hand(module, batch, second_order=exact))) < 1e-12
 
 
+def test_a_preset_fills_in_what_is_left_at_its_default():
+    assert FOMAML(meta=MetaConfig(adaptation_steps=3)).meta == MetaConfig(adaptation_steps=3, second_order=False)
+    second = FOMAML(meta={"second_order": 1}).meta
+    assert [second.second_order_at(epoch) for epoch in (0, 1)] == [False, True]
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_the_body_of_anil_learns_and_does_not_adapt(way):
     module, batch = prepared(ANIL, adaptation_steps=2, **WAYS[way]), episode()
