@@ -128,7 +128,12 @@ class MAMLMixin(pl.LightningModule):
         Args:
             support: One batch, as the module's ``training_step`` takes it.
             steps: Gradient steps; unset, ``MetaConfig.eval_steps``.
+
+        Raises:
+            ValueError: For a negative number of steps.
         """
+        if steps is not None and steps < 0:
+            raise ValueError(f"{type(self).__name__}.adapt: steps={steps!r} must be at least 0.")
         count = self.meta.eval_steps if steps is None else steps
         episode = Episode(_out_of_inference(support), None)
         return FastWeights(self.learner.adapted(episode, count), count)

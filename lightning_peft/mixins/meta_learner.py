@@ -180,7 +180,9 @@ class MetaLearner:
             loop = self._loop(calls, [1.0], second_order=False)
             for adapted, _ in self._steps(loop, parameters, steps):
                 parameters = adapted
-        return {name: value.detach() for name, value in parameters.items()}
+        own = {value.data_ptr() for value in places.parameters.values()}
+        # What no step moved, all of it after none, is the module's own memory still, which goes on training.
+        return {n: v.detach().clone() if v.data_ptr() in own else v.detach() for n, v in parameters.items()}
 
     def curve(self, episode: Episode) -> AdaptationCurve:
         """Return query losses, and accuracies, of tasks before adaptation and after each step of it."""

@@ -421,6 +421,23 @@ def test_fast_weights_serve_the_module_s_own_forward():
     assert torch.allclose(adapted, functional_call(module, values, (x,)), atol=1e-12)
 
 
+@pytest.mark.parametrize("steps", [0, 1])
+def test_fast_weights_stay_when_the_module_trains_on(steps):
+    module, batch = prepared(body="linear"), episode()
+    module.unused = nn.Linear(2, 2).double()
+    fast = module.adapt((batch.support[0][0], batch.support[1][0]), steps)
+    before = copy.deepcopy(fast.parameters)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(1.0)
+    assert all(torch.equal(value, before[name]) for name, value in fast.parameters.items())
+
+
+def test_a_negative_number_of_steps_is_refused():
+    with pytest.raises(ValueError, match=r"MAML\.adapt: steps=-1 must be at least 0"):
+        MAML().adapt((torch.zeros(2, 4), torch.zeros(2, dtype=torch.long)), -1)
+
+
 def test_a_resumed_run_ends_where_the_whole_one_ends(fit, tmp_path):
     def module():
         return MetaSGD(meta=MetaConfig(adaptation_steps=2, inner_lr=0.1))
