@@ -214,7 +214,7 @@ class MetaLearner:
 
         with self._at(t):
             losses, *accuracy = calls.query(both, parameters)
-        return losses, accuracy[0] if accuracy else None
+        return self._single(losses), accuracy[0] if accuracy else None
 
     # --- what both share ------------------------------------------------------------------------------------------------------
 
@@ -238,12 +238,10 @@ class MetaLearner:
         def run(call: Callable[..., Any], method: Callable[[Any], Any], parameters: Params, t: int) -> Tensor:
             if statistics is None or not module.training:
                 with self._at(t):
-                    plain: Tensor = call(method, parameters)
-                return plain
-            losses: Tensor
+                    return self._single(call(method, parameters))
             losses, found = call(statistics.recording(module, method), parameters)
             statistics.update(module, t, found)
-            return losses
+            return self._single(losses)
 
         def support(parameters: Params, t: int) -> Tensor:
             losses = run(calls.support, module.adaptation_loss, parameters, t)
@@ -260,6 +258,14 @@ class MetaLearner:
             second_order=second_order,
             generators=self._generators if module.training else None,
         )
+
+    def _single(self, losses: Tensor) -> Tensor:
+        """Return one loss for each task; a module's may be of shape ``(1,)``, as Lightning takes it."""
+        if losses.ndim > 1 and losses[0].numel() != 1:
+            raise ValueError(
+                f"{self.name}: the loss of a task has shape {tuple(losses.shape[1:])}; it must be one number. Take the mean."
+            )
+        return losses.flatten()
 
     def _check_twice(self, losses: Tensor) -> None:
         """Look once for custom functions without a second derivative: ``autograd.grad`` passes over them without a word."""

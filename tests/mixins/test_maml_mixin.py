@@ -718,6 +718,24 @@ def test_tasks_that_diverge_are_logged_and_drawn(trainer, tmp_path):
     assert math.isnan(logged["meta/validation_loss_interval"])
 
 
+class Shaped(MAML):
+    reduction = "none"
+
+    def adaptation_loss(self, batch):
+        loss = F.cross_entropy(self(batch[0]), batch[1], reduction=self.reduction)
+        return loss if loss.ndim else loss[None]
+
+
+@pytest.mark.parametrize("way", ["stacked", "loop"])
+def test_a_loss_is_one_number(way, trainer):
+    module = Shaped(meta=MetaConfig(**WAYS[way]))
+    with pytest.raises(ValueError, match=r"Shaped: the loss of a task has shape \(6,\); it must be one number"):
+        trainer(steps=1).fit(module, loader())
+    module.reduction = "mean"
+    found = trainer().validate(module, loader(), verbose=False)
+    assert found == trainer().validate(MAML(meta=MetaConfig(**WAYS[way])), loader(), verbose=False)
+
+
 class NoForward(pl.LightningModule):
     def __init__(self) -> None:
         super().__init__()
