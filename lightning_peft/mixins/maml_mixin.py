@@ -261,6 +261,10 @@ class MAMLMixin(pl.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
         checkpoint[_KEY] = self.meta.plain()
+        # save_hyperparameters() in a class of one's own keeps the object, which torch.load(weights_only=True) refuses.
+        kept = checkpoint.get(self.CHECKPOINT_HYPER_PARAMS_KEY, {})
+        if isinstance(kept.get("meta"), MetaConfig):
+            checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY] = {**kept, "meta": kept["meta"].plain()}
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -469,6 +469,19 @@ def test_learned_rates_of_adapters_are_loaded_and_resumed(adapt, fit, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), rest.parameters(), strict=True))
 
 
+class Remembering(MAMLMixin, Net):
+    def __init__(self, body="linear", meta=None) -> None:
+        super().__init__(body, meta=meta)
+        self.save_hyperparameters()
+
+
+def test_a_class_that_saves_its_hyperparameters_is_loaded_again(fit, tmp_path):
+    saved = Remembering(meta=MetaConfig(adaptation_steps=3))
+    fit(saved, epochs=1, fit_with=(loader(),)).save_checkpoint(tmp_path / "one.ckpt")
+    assert Remembering.load_from_checkpoint(tmp_path / "one.ckpt", weights_only=True).meta == saved.meta
+    assert saved.hparams["meta"] == saved.meta
+
+
 def test_a_module_is_copied_and_pickled_in_the_middle():
     module, batch = prepared(learn_inner_lr="layer"), episode()
     expected = gradients(module, module.learner.meta_loss(batch, 0)[0])
