@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction
+from torch.autograd.function import once_differentiable as once
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 _SIGN = "is not implemented"
@@ -71,7 +73,20 @@ def once_differentiable(loss: Tensor) -> set[str]:
             continue
         seen.add(node)
         kind = getattr(node, "_forward_cls", None)
-        if isinstance(node, BackwardCFunction) and hasattr(getattr(kind, "backward", None), "__wrapped__"):
+        if isinstance(node, BackwardCFunction) and _is_once(getattr(kind, "backward", None)):
             found.add(kind.__name__)
         waiting += [following for following, _ in node.next_functions]
     return found
+
+
+def _is_once(backward: Any) -> bool:
+    """Return whether ``once_differentiable`` is among a function's decorators; others, as ``torch.amp.custom_bwd``, wrap it too."""
+    while backward is not None:
+        if getattr(backward, "__code__", None) is _ONCE:
+            return True
+        backward = getattr(backward, "__wrapped__", None)
+    return False
+
+
+_ONCE = once(_is_once).__code__
+"""What ``once_differentiable`` makes of every function."""

@@ -534,6 +534,30 @@ def test_an_operation_without_a_second_derivative_is_named(config, trainer):
     trainer(steps=1).fit(fine, one)
 
 
+class Cast(torch.autograd.Function):
+    @staticmethod
+    @torch.amp.custom_fwd(device_type="cpu")
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x**3
+
+    @staticmethod
+    @torch.amp.custom_bwd(device_type="cpu")
+    def backward(ctx, grad):
+        return 3 * ctx.saved_tensors[0] ** 2 * grad
+
+
+class Cubed(MAML):
+    def forward(self, x):
+        return Cast.apply(super().forward(x))
+
+
+def test_other_decorators_of_a_backward_do_not_make_it_once_differentiable():
+    module, batch = prepared(Cubed, "linear", task_batching="loop"), episode()
+    expected = gradients(module, by_hand(module, batch))
+    assert distance(gradients(module, module.learner.meta_loss(batch, 0)[0]), expected) < 1e-12
+
+
 class Checkpointed(MAML):
     def forward(self, x):
         return self.head(torch.utils.checkpoint.checkpoint(self.backbone, x, use_reentrant=False))
