@@ -107,9 +107,7 @@ class EpisodicDataModule(pl.LightningDataModule):
 
     def _labels(self, rows: Any) -> Sequence[Hashable]:
         found = getattr(rows, "labels", None)  # without reading the rows, where they know
-        if found is None:
-            found = [row[self.collate.label] if isinstance(row, dict) else row[-1] for row in rows]
-        return [label.item() if hasattr(label, "item") else label for label in found]
+        return [self.collate.label_of(row) for row in rows] if found is None else found
 
     @override
     def train_dataloader(self) -> EpisodeLoader:

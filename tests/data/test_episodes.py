@@ -1,5 +1,7 @@
 """Episodes are the same on any number of processes, in every resumed run, and hold what they should."""
 
+from collections import UserDict
+
 import lightning.pytorch as pl
 import pytest
 import torch
@@ -63,6 +65,32 @@ def test_rows_are_relabelled_and_stacked():
     assert batch.support[0][3, :, 0].tolist() == [float(row) for group in draws[3].support for row in group]
     named = EpisodeCollate("intent")([EpisodeDataset([{"x": 1.0, "intent": label} for label in LABELS])[draws[0]]])
     assert named.query["intent"].tolist() == [[0] * 4 + [1] * 4 + [2] * 4]
+
+
+@pytest.mark.parametrize("labels", [torch.tensor(LABELS), torch.tensor(LABELS).numpy(), [f"{row}" for row in LABELS]])
+def test_labels_may_be_a_tensor_or_texts(labels):
+    drawn = list(EpisodeSampler(labels, 3, 2, 4, episodes=8))
+    assert [episode._replace(classes=()) for episode in drawn] == [one._replace(classes=()) for one in sampler()]
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([{"x": 1.0}], r"a row has no 'label', but \['x'\]\. Pass label="),
+        ([UserDict(x=1.0)], "a row has no 'label'"),
+        ([1.0], "a row of float has no label"),
+        ([(1.0,)], "a row of tuple has no label"),
+    ],
+)
+def test_rows_without_a_label_say_what_they_have(rows, message):
+    with pytest.raises(ValueError, match=message):
+        EpisodicDataModule(rows, episodes=4).train_dataloader()
+
+
+def test_rows_may_be_any_mapping():
+    rows = [UserDict(x=float(row), label=label) for row, label in enumerate(LABELS)]
+    data = EpisodicDataModule(rows, n_way=3, n_query=2, meta_batch=4, episodes=4)
+    assert next(iter(data.train_dataloader())).support["label"].tolist() == [[0, 1, 2]] * 4
 
 
 @pytest.mark.parametrize(
