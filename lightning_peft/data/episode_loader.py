@@ -134,7 +134,8 @@ class EpisodeLoader(DataLoader[Any]):
             if isinstance(sampler, TaskSampler):
                 return sampler
         raise TypeError(
-            f"EpisodeLoader: sampler={type(self.sampler).__name__} must be an EpisodeSampler or TaskSampler."
+            f"EpisodeLoader: sampler={type(self.sampler).__name__} must be an EpisodeSampler or TaskSampler. overfit_batches= "
+            "replaces samplers: use limit_train_batches= instead."
         )
 
     @override

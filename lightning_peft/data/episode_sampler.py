@@ -118,8 +118,8 @@ class EpisodeSampler(TaskSampler):
     ) -> None:
         super().__init__(episodes, seed=seed, fixed=fixed)
         for name, value in (("n_way", n_way), ("k_shot", k_shot), ("n_query", n_query)):
-            if value < 1:
-                raise ValueError(f"EpisodeSampler: {name}={value!r} must be at least 1.")
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"EpisodeSampler: {name}={value!r} must be a whole number of at least 1.")
         self.n_way, self.k_shot, self.n_query = n_way, k_shot, n_query
         rows: dict[Hashable, list[int]] = defaultdict(list)
         for row, label in enumerate(labels):

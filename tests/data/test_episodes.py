@@ -98,7 +98,8 @@ def test_rows_may_be_any_mapping():
     [
         ({"n_way": 8}, "n_way=8 classes with k_shot .* 7 of 7 classes have so many, the largest 10"),
         ({"n_query": 9}, "= 11 rows each are needed; 0 of 7"),
-        ({"k_shot": 0}, "k_shot=0 must be at least 1"),
+        ({"k_shot": 0}, "k_shot=0 must be a whole number of at least 1"),
+        ({"k_shot": 2.5}, "k_shot=2.5 must be a whole number"),
         ({"episodes": 0}, "episodes=0"),
     ],
 )
@@ -112,6 +113,20 @@ def test_episodes_that_do_not_divide_are_refused(monkeypatch):
         on_rank(monkeypatch, 0, 3)
     with pytest.raises(ValueError, match="episodes=10 is no multiple of meta_batch=4"):
         EpisodicDataModule([], episodes=10, meta_batch=4)
+
+
+@pytest.mark.parametrize("name", ["meta_batch", "episodes", "eval_episodes"])
+@pytest.mark.parametrize("value", [0, -4, 4.0])
+def test_counts_of_a_data_module_are_whole_numbers(name, value):
+    with pytest.raises(ValueError, match=f"EpisodicDataModule: {name}={value} must be a whole number of at least 1"):
+        EpisodicDataModule([], **{name: value})
+
+
+@pytest.mark.filterwarnings("ignore:You requested to overfit")
+def test_overfit_batches_is_refused_with_what_works(trainer):
+    made = trainer(overfit_batches=1)
+    with pytest.raises(TypeError, match="EpisodeLoader: .*overfit_batches= replaces samplers: use limit_train_batches="):
+        made.fit(Seen(), Sinusoids().loader(8, 4))
 
 
 def test_a_row_number_instead_of_an_episode_is_refused():
