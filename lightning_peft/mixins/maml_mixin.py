@@ -221,6 +221,7 @@ class MAMLMixin(pl.LightningModule):
         """Adapt to each task of an episode; return what the module predicts for each query set."""
         predict = super().predict_step
         own = getattr(predict, "__func__", predict) is not pl.LightningModule.predict_step
+        places = (batch_idx, dataloader_idx)[: len(inspect.signature(predict).parameters) - 1]
         predictions = []
         for chunk in self.split_episode(batch).chunks(1):
             task = chunk.only()
@@ -228,7 +229,7 @@ class MAMLMixin(pl.LightningModule):
                 inputs = task.query
                 if not own and isinstance(inputs, Sequence) and len(inputs) == 2:
                     inputs = inputs[0]  # Lightning's own would hand (inputs, targets) to forward
-                predictions.append(predict(inputs, batch_idx) if own else self(inputs))
+                predictions.append(predict(inputs, *places) if own else self(inputs))
         return predictions
 
     def _evaluate(self, stage: str, batch: Any, loader: int) -> None:

@@ -469,6 +469,20 @@ def test_learned_rates_of_adapters_are_loaded_and_resumed(adapt, fit, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), rest.parameters(), strict=True))
 
 
+class Placed(Net):
+    def predict_step(self, batch, batch_idx, dataloader_idx):
+        return batch_idx, dataloader_idx
+
+
+class PlacedMAML(MAMLMixin, Placed): ...
+
+
+def test_a_predict_step_of_one_s_own_knows_its_loader(trainer):
+    first, second = trainer().predict(PlacedMAML(), [loader(), loader()])
+    assert first == [[(0, 0)] * 4, [(1, 0)] * 4]
+    assert second == [[(0, 1)] * 4, [(1, 1)] * 4]
+
+
 class Remembering(MAMLMixin, Net):
     def __init__(self, body="linear", meta=None) -> None:
         super().__init__(body, meta=meta)
@@ -666,7 +680,7 @@ def test_settings_that_do_not_fit_are_refused(config, message):
     ("adapt", "message"),
     [
         ("adapters", "finds no adapter that trains.*LoRAMixin"),
-        (["hed.*"], r"'hed\.\*' matches none of \d+ parameter that trains"),
+        (["hed.*"], r"'hed\.\*' matches none of \d+ trainable parameters\."),
     ],
 )
 def test_inner_parameters_that_are_not_there_are_refused(adapt, message):
