@@ -36,7 +36,8 @@ class EpisodicDataModule(pl.LightningDataModule):
         num_workers: Processes that load rows.
 
     Raises:
-        ValueError: For counts below 1, a meta-batch that the processes cannot share, and where an :class:`EpisodeSampler` cannot draw.
+        ValueError: For counts below 1, a meta-batch that the processes cannot share, and where an :class:`EpisodeSampler` cannot
+            draw.
 
     >>> rows = [(float(i), i % 6) for i in range(60)]
     >>> data = EpisodicDataModule(rows, n_way=3, n_query=2, meta_batch=4, episodes=8)

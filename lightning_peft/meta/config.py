@@ -72,7 +72,9 @@ class MetaConfig:
             raise ValueError(f"MetaConfig: inner_lr={self.inner_lr!r} must be a number of at least 0.")
         globs = [self.adapt] if isinstance(self.adapt, str) else self.adapt
         if not isinstance(globs, Sequence) or not globs or not all(isinstance(glob, str) for glob in globs):
-            raise ValueError(f"MetaConfig: adapt={self.adapt!r} must be 'all', 'head', 'adapters', a glob or a list of globs.")
+            raise ValueError(
+                f"MetaConfig: adapt={self.adapt!r} must be 'all', 'head', 'adapters', a glob or a list of globs."
+            )
         if self.compile and (self.memory != "recompute" or self.task_batching != "stacked"):
             raise ValueError(
                 "MetaConfig: compile=True needs memory='recompute' and task_batching='stacked': a compiled graph cannot be "

@@ -53,8 +53,8 @@ class InnerRates(nn.Module):
             return [self.values] * len(names)
         if unknown := [name for name in names if name not in self.places]:
             raise ValueError(
-                f"InnerRates: {unknown[0]!r} adapts and has no rate; {len(self.places)} others have one since configure_model. What "
-                "trains later, or comes with a mixin before this one, gets none: use learn_inner_lr='global', or let it train then."
+                f"InnerRates: {unknown[0]!r} adapts and has no rate; configure_model gave one to {len(self.places)} others. What "
+                "trains later, or comes from a mixin that stands before, gets none: train it then, or use learn_inner_lr='global'."
             )
         if self.kind == "layer_step":
             rates = self.values[min(step, len(self.values) - 1)].unbind()

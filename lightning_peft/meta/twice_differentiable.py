@@ -39,7 +39,8 @@ def no_checkpointing(owner: str) -> AbstractContextManager[None]:
     """
     refused: AbstractContextManager[None] = torch.autograd.graph.disable_saved_tensors_hooks(
         f"{owner}: gradient checkpointing (a hook on saved tensors) runs a layer again when the adapted weights have left their "
-        "places, so its gradients would be wrong. Switch it off; to save memory use MetaConfig(memory='recompute'), task_chunk or task_batching='loop'."
+        "places, so its gradients would be wrong. Switch it off; to save memory use MetaConfig(memory='recompute'), task_chunk or "
+        "task_batching='loop'."
     )
     return refused
 

@@ -125,7 +125,9 @@ def test_counts_of_a_data_module_are_whole_numbers(name, value):
 @pytest.mark.filterwarnings("ignore:You requested to overfit")
 def test_overfit_batches_is_refused_with_what_works(trainer):
     made = trainer(overfit_batches=1)
-    with pytest.raises(TypeError, match="EpisodeLoader: .*overfit_batches= replaces samplers: use limit_train_batches="):
+    with pytest.raises(
+        TypeError, match="EpisodeLoader: .*overfit_batches= replaces samplers: use limit_train_batches="
+    ):
         made.fit(Seen(), Sinusoids().loader(8, 4))
 
 

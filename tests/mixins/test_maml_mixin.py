@@ -317,7 +317,9 @@ def test_what_trains_too_late_for_a_rate_is_named():
     module.backbone.requires_grad_(False)
     module.configure_model()
     module.backbone.requires_grad_(True)
-    with pytest.raises(ValueError, match=r"InnerRates: 'backbone\.0\.weight' adapts and has no rate.*learn_inner_lr='global'"):
+    with pytest.raises(
+        ValueError, match=r"InnerRates: 'backbone\.0\.weight' adapts and has no rate.*learn_inner_lr='global'"
+    ):
         module.learner.meta_loss(episode(dtype=torch.float32), 0)
 
 
@@ -338,11 +340,15 @@ class GroupedRates(GroupedSGD):
 
 
 def test_learned_rates_that_no_optimizer_holds_are_refused(trainer):
-    with pytest.raises(ValueError, match=r"GroupedSGD: learn_inner_lr='parameter'.*never move.*self\.inner_rates\.parameters"):
+    with pytest.raises(
+        ValueError, match=r"GroupedSGD: learn_inner_lr='parameter'.*never move.*self\.inner_rates\.parameters"
+    ):
         trainer(steps=1).fit(GroupedSGD(), loader())
     module = GroupedRates()
     trainer(steps=1).fit(module, loader())
-    assert not torch.equal(module.inner_rates.values[0], torch.full_like(module.inner_rates.values[0], module.meta.inner_lr))
+    assert not torch.equal(
+        module.inner_rates.values[0], torch.full_like(module.inner_rates.values[0], module.meta.inner_lr)
+    )
 
 
 def test_reptile_moves_towards_what_tasks_adapt_to():
@@ -581,7 +587,9 @@ class Checkpointed(MAML):
 def test_gradient_checkpointing_is_refused_where_its_gradients_would_be_wrong(way):
     module, (x, y) = prepared(Checkpointed, adaptation_steps=2, **WAYS[way]), episode().support
     for run in (lambda: module.learner.meta_loss(episode(), 0), lambda: module.adapt((x[0], y[0]))):
-        with pytest.raises(RuntimeError, match=r"Checkpointed: gradient checkpointing .* would be wrong.*memory='recompute'"):
+        with pytest.raises(
+            RuntimeError, match=r"Checkpointed: gradient checkpointing .* would be wrong.*memory='recompute'"
+        ):
             run()
 
 
