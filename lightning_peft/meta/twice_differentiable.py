@@ -12,7 +12,7 @@ from torch.autograd.function import BackwardCFunction
 from torch.autograd.function import once_differentiable as once
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-_SIGN = "is not implemented"
+_SIGNS = ("is not implemented", "does not currently support double backward")
 
 
 @contextmanager
@@ -47,7 +47,7 @@ def no_checkpointing(owner: str) -> AbstractContextManager[None]:
 
 def explained(error: RuntimeError, owner: str) -> RuntimeError:
     """Return what to tell of torch's error about a second derivative; any other error is returned as it is."""
-    if _SIGN not in str(error):
+    if not any(sign in str(error) for sign in _SIGNS):
         return error
     return no_second_derivative(f"an operation ({error})", owner)
 

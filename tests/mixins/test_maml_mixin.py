@@ -602,6 +602,20 @@ def test_an_encoder_of_torch_is_evaluated_on_stacked_tasks_as_one_by_one():
     assert torch.backends.mha.get_fastpath_enabled()
 
 
+class Compiled(MAML):
+    def __init__(self, **options) -> None:
+        super().__init__("linear", **options)
+        self.backbone = torch.compile(self.backbone, backend="aot_eager")
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # dynamo looks at inputs
+def test_a_compiled_part_without_a_second_derivative_is_told(trainer):
+    one = DataLoader(Tasks(), batch_size=1)
+    with pytest.raises(RuntimeError, match="Compiled: second-order .*torch.compile .*double backward.*second_order=False"):
+        trainer(steps=1).fit(Compiled(meta=MetaConfig(task_batching="loop")), one)
+    trainer(steps=1).fit(Compiled(meta=MetaConfig(task_batching="loop", second_order=False)), one)
+
+
 class Counting(MAML):
     def training_step(self, batch, batch_idx):
         return super().training_step(batch, batch_idx)
