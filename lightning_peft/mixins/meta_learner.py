@@ -50,6 +50,7 @@ class MetaLearner:
         self.compile_backend = "inductor"
         self._compiled: Callable[..., Any] | None = None
         self._checked = False
+        self._ahead: RandomState | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out compiled code, which cannot be copied; it is made again where it is needed."""
@@ -150,7 +151,10 @@ class MetaLearner:
             return outcome, self._told(torch.autograd.grad, total, outer, allow_unused=True)
         own = {id(value) for value in inner.values()}
         others = [value for value in outer if id(value) not in own]
+        self._ahead = None
         outcome, v, rest = self._told(self._recomputed, loop, calls, inner, others)
+        if self._ahead is not None:
+            set_random_state(self._ahead, self.module.device)
         by_id: dict[int, Tensor | None] = dict(zip(map(id, inner.values()), v, strict=True))
         by_id |= dict(zip(map(id, others), rest, strict=True))
         return outcome, [by_id[id(value)] for value in outer]
@@ -278,10 +282,12 @@ class MetaLearner:
         return float(self.module.meta.inner_lr) if rates is None else rates.at(t, names)
 
     def _generators(self, state: RandomState | None) -> RandomState:
-        if state is not None:
-            set_random_state(state, self.module.device)
-            return state
-        return random_state(self.module.device)
+        here = random_state(self.module.device)
+        if state is None:
+            return here
+        self._ahead = self._ahead or here  # the next task goes on from here: else it would draw what this one drew
+        set_random_state(state, self.module.device)
+        return state
 
     @property
     def _by_step(self) -> bool:

@@ -383,6 +383,18 @@ def test_dropout_is_drawn_once_when_a_step_is_computed_twice():
     assert distance(*found) < 1e-12
 
 
+@pytest.mark.parametrize("way", ["recompute", "recompute_loop"])
+def test_a_step_that_is_computed_twice_takes_no_dropout_from_what_comes_after(way):
+    module = prepared(body="dropout", adaptation_steps=2, **WAYS[way])
+    plain = prepared(body="dropout", adaptation_steps=2, **WAYS["loop" if "loop" in way else "stacked"])
+    found = []
+    for net in (plain, module):
+        torch.manual_seed(1)
+        found.append([gradients(net, net.learner.meta_loss(episode(), 0)[0]) for _ in range(2)])
+        found[-1].append({"next": torch.rand(2)})
+    assert max(map(distance, *found)) < 1e-12
+
+
 @pytest.mark.parametrize("kind", [MAML, FOMAML, ANIL, MetaSGD, Reptile])
 @pytest.mark.filterwarnings("ignore:The `srun` command")
 def test_all_loops_work_in_a_default_trainer(kind, trainer):
