@@ -219,6 +219,12 @@ def test_a_data_module_trains_and_tests_on_its_episodes(trainer):
     assert len(made.predict(module, data)) == 10
 
 
+@pytest.mark.parametrize(("k_shot", "n_query"), [(0, 10), (-1, 10), (10, 0)])
+def test_waves_without_points_are_refused(k_shot, n_query):
+    with pytest.raises(ValueError, match=f"Sinusoids: k_shot={k_shot} and n_query={n_query} must be at least 1"):
+        Sinusoids(k_shot, n_query)
+
+
 def test_task_keys_make_the_same_sine_again():
     one, two = (next(iter(Sinusoids().loader(8, 4, seed=3))) for _ in range(2))
     assert torch.equal(one.support[0], two.support[0])
