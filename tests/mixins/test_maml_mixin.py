@@ -623,7 +623,9 @@ class Compiled(MAML):
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # dynamo looks at inputs
 def test_a_compiled_part_without_a_second_derivative_is_told(trainer):
     one = DataLoader(Tasks(), batch_size=1)
-    with pytest.raises(RuntimeError, match="Compiled: second-order .*torch.compile .*double backward.*second_order=False"):
+    with pytest.raises(
+        RuntimeError, match="Compiled: second-order .*torch.compile .*double backward.*second_order=False"
+    ):
         trainer(steps=1).fit(Compiled(meta=MetaConfig(task_batching="loop")), one)
     trainer(steps=1).fit(Compiled(meta=MetaConfig(task_batching="loop", second_order=False)), one)
 
