@@ -82,18 +82,27 @@ class EpisodeCollate:
         plain = dict(batch) if isinstance(batch, Mapping) else batch
         return pytree.tree_map_only(Tensor, split, plain)
 
-    def _relabelled(self, row: Any, label: int) -> Any:
+    def label_of(self, row: Any) -> Any:
+        """Return the label of a row.
+
+        Raises:
+            ValueError: If it has none.
+        """
         if isinstance(row, Mapping):
             if self.label not in row:
                 raise ValueError(
                     f"EpisodeCollate: a row has no {self.label!r}, but {sorted(map(str, row))}. Pass label=."
                 )
-            return {**row, self.label: label}
+            return row[self.label]
         if isinstance(row, tuple | list) and len(row) > 1:
-            return (*row[:-1], label)
+            return row[-1]
         raise ValueError(
             f"EpisodeCollate: a row of {type(row).__name__} has no label. Give (inputs, label) or a mapping."
         )
+
+    def _relabelled(self, row: Any, label: int) -> Any:
+        self.label_of(row)
+        return {**row, self.label: label} if isinstance(row, Mapping) else (*row[:-1], label)
 
 
 class EpisodeLoader(DataLoader[Any]):
@@ -125,7 +134,8 @@ class EpisodeLoader(DataLoader[Any]):
             if isinstance(sampler, TaskSampler):
                 return sampler
         raise TypeError(
-            f"EpisodeLoader: sampler={type(self.sampler).__name__} must be an EpisodeSampler or TaskSampler."
+            f"EpisodeLoader: sampler={type(self.sampler).__name__} must be an EpisodeSampler or TaskSampler. overfit_batches= "
+            "replaces samplers: use limit_train_batches= instead."
         )
 
     @override

@@ -7,6 +7,7 @@ from collections.abc import Hashable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from torch import Tensor
 from torch.utils.data import DistributedSampler
 from typing_extensions import override
 
@@ -88,7 +89,7 @@ class EpisodeSampler(TaskSampler):
     """Draw N-way K-shot episodes: classes, and of each support rows and other query rows, without replacement.
 
     Args:
-        labels: The class of every row.
+        labels: The class of every row: numbers, texts, or a tensor of them.
         n_way: Classes of an episode, in random order.
         k_shot: Support rows of each.
         n_query: Query rows of each.
@@ -106,7 +107,7 @@ class EpisodeSampler(TaskSampler):
 
     def __init__(
         self,
-        labels: Sequence[Hashable],
+        labels: Sequence[Hashable] | Tensor,
         n_way: int = 5,
         k_shot: int = 1,
         n_query: int = 15,
@@ -117,12 +118,13 @@ class EpisodeSampler(TaskSampler):
     ) -> None:
         super().__init__(episodes, seed=seed, fixed=fixed)
         for name, value in (("n_way", n_way), ("k_shot", k_shot), ("n_query", n_query)):
-            if value < 1:
-                raise ValueError(f"EpisodeSampler: {name}={value!r} must be at least 1.")
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"EpisodeSampler: {name}={value!r} must be a whole number of at least 1.")
         self.n_way, self.k_shot, self.n_query = n_way, k_shot, n_query
         rows: dict[Hashable, list[int]] = defaultdict(list)
         for row, label in enumerate(labels):
-            rows[label].append(row)
+            # A tensor is equal to no other as a key.
+            rows[label.item() if hasattr(label, "item") else label].append(row)
         need = k_shot + n_query
         self.rows = {label: found for label, found in rows.items() if len(found) >= need}
         if len(self.rows) < n_way:

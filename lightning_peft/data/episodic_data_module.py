@@ -36,7 +36,8 @@ class EpisodicDataModule(pl.LightningDataModule):
         num_workers: Processes that load rows.
 
     Raises:
-        ValueError: For a meta-batch that the processes cannot share, and where an :class:`EpisodeSampler` cannot draw.
+        ValueError: For counts below 1, a meta-batch that the processes cannot share, and where an :class:`EpisodeSampler` cannot
+            draw.
 
     >>> rows = [(float(i), i % 6) for i in range(60)]
     >>> data = EpisodicDataModule(rows, n_way=3, n_query=2, meta_batch=4, episodes=8)
@@ -66,6 +67,9 @@ class EpisodicDataModule(pl.LightningDataModule):
         self.sizes = {"n_way": n_way, "k_shot": k_shot, "n_query": n_query}
         self.meta_batch, self.episodes, self.eval_episodes, self.seed = meta_batch, episodes, eval_episodes, seed
         self.collate, self.num_workers = EpisodeCollate(label, collate), num_workers
+        for name, value in (("meta_batch", meta_batch), ("episodes", episodes), ("eval_episodes", eval_episodes)):
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"EpisodicDataModule: {name}={value!r} must be a whole number of at least 1.")
         if episodes % meta_batch:
             raise ValueError(
                 f"EpisodicDataModule: episodes={episodes} is no multiple of meta_batch={meta_batch}: the last step of an epoch "
@@ -107,9 +111,7 @@ class EpisodicDataModule(pl.LightningDataModule):
 
     def _labels(self, rows: Any) -> Sequence[Hashable]:
         found = getattr(rows, "labels", None)  # without reading the rows, where they know
-        if found is None:
-            found = [row[self.collate.label] if isinstance(row, dict) else row[-1] for row in rows]
-        return [label.item() if hasattr(label, "item") else label for label in found]
+        return [self.collate.label_of(row) for row in rows] if found is None else found
 
     @override
     def train_dataloader(self) -> EpisodeLoader:

@@ -25,9 +25,14 @@ class Sinusoids(Dataset[Any]):
     Args:
         k_shot: Support points of a task.
         n_query: Query points.
+
+    Raises:
+        ValueError: For numbers of points below 1.
     """
 
     def __init__(self, k_shot: int = 10, n_query: int = 10) -> None:
+        if min(k_shot, n_query) < 1:
+            raise ValueError(f"Sinusoids: k_shot={k_shot!r} and n_query={n_query!r} must be at least 1.")
         self.k_shot, self.n_query = k_shot, n_query
 
     @override

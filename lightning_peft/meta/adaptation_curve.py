@@ -60,7 +60,13 @@ class AdaptationCurve:
 
 
 def interval(values: Sequence[float]) -> float:
-    """Return half the width of the 95 % interval of a mean, ``1.96 sd / sqrt(n)``; 0 of a single value."""
+    """Return half the width of the 95 % interval of a mean, ``1.96 sd / sqrt(n)``; 0 of a single value.
+
+    >>> interval([2.0, 2.0]), interval([1.0, math.inf])
+    (0.0, nan)
+    """
+    if not all(map(math.isfinite, values)):  # a task that diverged, on which statistics.stdev may raise
+        return math.nan
     return 1.96 * statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
 
 

@@ -60,27 +60,35 @@ class MetaConfig:
     def __post_init__(self) -> None:
         """Refuse what does not fit."""
         self._choices()
-        if self.adaptation_steps < 1:
-            raise ValueError(f"MetaConfig: adaptation_steps={self.adaptation_steps!r} must be at least 1.")
-        if self.eval_adaptation_steps is not None and self.eval_adaptation_steps < 1:
-            raise ValueError(f"MetaConfig: eval_adaptation_steps={self.eval_adaptation_steps!r} must be at least 1.")
-        if not 0 <= self.inner_lr < float("inf"):
+        self._whole("adaptation_steps", least=1)
+        self._whole("multi_step_loss_epochs", least=0)
+        for name in ("eval_adaptation_steps", "task_chunk"):
+            if getattr(self, name) is not None:
+                self._whole(name, least=1)
+        if not isinstance(self.second_order, bool):
+            self._whole("second_order", least=0)
+        number = isinstance(self.inner_lr, int | float) and not isinstance(self.inner_lr, bool)
+        if not number or not 0 <= self.inner_lr < float("inf"):
             raise ValueError(f"MetaConfig: inner_lr={self.inner_lr!r} must be a number of at least 0.")
-        if self.task_chunk is not None and self.task_chunk < 1:
-            raise ValueError(f"MetaConfig: task_chunk={self.task_chunk!r} must be at least 1.")
-        for name in ("second_order", "multi_step_loss_epochs"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"MetaConfig: {name}={getattr(self, name)!r} must be an epoch of at least 0.")
+        globs = [self.adapt] if isinstance(self.adapt, str) else self.adapt
+        if not isinstance(globs, Sequence) or not globs or not all(isinstance(glob, str) for glob in globs):
+            raise ValueError(
+                f"MetaConfig: adapt={self.adapt!r} must be 'all', 'head', 'adapters', a glob or a list of globs."
+            )
         if self.compile and (self.memory != "recompute" or self.task_batching != "stacked"):
             raise ValueError(
                 "MetaConfig: compile=True needs memory='recompute' and task_batching='stacked': a compiled graph cannot be "
                 "differentiated twice, so all derivatives must be inside of it."
             )
-
         if self.norm_stats == "per_step" and self.memory != "graph":
             raise ValueError(
                 "MetaConfig: norm_stats='per_step' needs memory='graph': a step computed twice would count twice."
             )
+
+    def _whole(self, name: str, *, least: int) -> None:
+        value = getattr(self, name)
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise ValueError(f"MetaConfig: {name}={value!r} must be a whole number of at least {least}.")
 
     def _choices(self) -> None:
         choices: dict[str, tuple[Any, ...]] = {
@@ -88,6 +96,7 @@ class MetaConfig:
             "memory": ("graph", "recompute"),
             "norm_stats": ("batch", "frozen", "per_step"),
             "learn_inner_lr": (None, "global", "layer", "layer_step", "parameter"),
+            "compile": (False, True),
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
+import torch
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction
+from torch.autograd.function import once_differentiable as once
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-_SIGN = "is not implemented"
+_SIGNS = ("is not implemented", "does not currently support double backward")
 
 
 @contextmanager
@@ -18,13 +21,33 @@ def math_attention(needed: bool) -> Iterator[None]:
     if not needed:
         yield
         return
-    with sdpa_kernel(SDPBackend.MATH):
-        yield
+    # nn.MultiheadAttention and nn.TransformerEncoderLayer have a kernel of their own, in eval mode without gradients.
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+
+
+def no_checkpointing(owner: str) -> AbstractContextManager[None]:
+    """Refuse gradient checkpointing inside.
+
+    **The trap:** it runs a layer a second time when its gradient is taken. The adapted weights have left their places by then, and
+    the gradient would be that of the module's own, without an error.
+    """
+    refused: AbstractContextManager[None] = torch.autograd.graph.disable_saved_tensors_hooks(
+        f"{owner}: gradient checkpointing (a hook on saved tensors) runs a layer again when the adapted weights have left their "
+        "places, so its gradients would be wrong. Switch it off; to save memory use MetaConfig(memory='recompute'), task_chunk or "
+        "task_batching='loop'."
+    )
+    return refused
 
 
 def explained(error: RuntimeError, owner: str) -> RuntimeError:
     """Return what to tell of torch's error about a second derivative; any other error is returned as it is."""
-    if _SIGN not in str(error):
+    if not any(sign in str(error) for sign in _SIGNS):
         return error
     return no_second_derivative(f"an operation ({error})", owner)
 
@@ -51,7 +74,20 @@ def once_differentiable(loss: Tensor) -> set[str]:
             continue
         seen.add(node)
         kind = getattr(node, "_forward_cls", None)
-        if isinstance(node, BackwardCFunction) and hasattr(getattr(kind, "backward", None), "__wrapped__"):
+        if isinstance(node, BackwardCFunction) and _is_once(getattr(kind, "backward", None)):
             found.add(kind.__name__)
         waiting += [following for following, _ in node.next_functions]
     return found
+
+
+def _is_once(backward: Any) -> bool:
+    """Return whether ``once_differentiable`` is among a function's decorators; others, as ``torch.amp.custom_bwd``, wrap it too."""
+    while backward is not None:
+        if getattr(backward, "__code__", None) is _ONCE:
+            return True
+        backward = getattr(backward, "__wrapped__", None)
+    return False
+
+
+_ONCE = once(_is_once).__code__
+"""What ``once_differentiable`` makes of every function."""

@@ -45,7 +45,7 @@ def inner_names(module: nn.Module, adapt: str | Sequence[str], *, owner: str) ->
                 f"{nearest('head', trainable)}. Give globs over the names of parameters, as adapt=['last.*']."
             )
         return heads
-    return match_names(trainable, adapt, owner=f"{owner}: adapt", kind="parameter that trains")
+    return match_names(trainable, adapt, owner=f"{owner}: adapt", kind="trainable parameter")
 
 
 def _of_adapters(module: nn.Module, trainable: Sequence[str], owner: str) -> list[str]:

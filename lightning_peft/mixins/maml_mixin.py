@@ -54,7 +54,8 @@ class MAMLMixin(pl.LightningModule):
         **kwargs: Handed on to the module.
 
     Raises:
-        ValueError: When a fit begins, for manual optimization, or fp16 with gradients that no scaler reaches.
+        ValueError: When a fit begins, for manual optimization, fp16 with gradients that no scaler reaches, or learned rates that
+            no optimizer holds.
         RuntimeError: For operations that cannot be vectorised, or differentiated twice, with their names.
     """
 
@@ -106,7 +107,7 @@ class MAMLMixin(pl.LightningModule):
         if not isinstance(batch, Sequence) or len(batch) != 2 or not isinstance(batch[1], Tensor):
             return None
         inputs, classes = batch
-        if classes.is_floating_point() or classes.ndim != 1:
+        if classes.is_floating_point() or classes.ndim != 1 or type(self).forward is pl.LightningModule.forward:
             return None
         logits = self(inputs)
         if not isinstance(logits, Tensor) or logits.ndim != 2:
@@ -127,7 +128,12 @@ class MAMLMixin(pl.LightningModule):
         Args:
             support: One batch, as the module's ``training_step`` takes it.
             steps: Gradient steps; unset, ``MetaConfig.eval_steps``.
+
+        Raises:
+            ValueError: For a negative number of steps.
         """
+        if steps is not None and steps < 0:
+            raise ValueError(f"{type(self).__name__}.adapt: steps={steps!r} must be at least 0.")
         count = self.meta.eval_steps if steps is None else steps
         episode = Episode(_out_of_inference(support), None)
         return FastWeights(self.learner.adapted(episode, count), count)
@@ -173,6 +179,11 @@ class MAMLMixin(pl.LightningModule):
         if stage == "fit":
             self.learner.refuse_fit(self.trainer)
 
+    @override
+    def on_train_start(self) -> None:
+        super().on_train_start()
+        self.learner.refuse_still_rates(self.trainer)
+
     # A compiled step could not be differentiated inside; MetaConfig.compile compiles what can be.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
@@ -210,6 +221,7 @@ class MAMLMixin(pl.LightningModule):
         """Adapt to each task of an episode; return what the module predicts for each query set."""
         predict = super().predict_step
         own = getattr(predict, "__func__", predict) is not pl.LightningModule.predict_step
+        places = (batch_idx, dataloader_idx)[: len(inspect.signature(predict).parameters) - 1]
         predictions = []
         for chunk in self.split_episode(batch).chunks(1):
             task = chunk.only()
@@ -217,7 +229,7 @@ class MAMLMixin(pl.LightningModule):
                 inputs = task.query
                 if not own and isinstance(inputs, Sequence) and len(inputs) == 2:
                     inputs = inputs[0]  # Lightning's own would hand (inputs, targets) to forward
-                predictions.append(predict(inputs, batch_idx) if own else self(inputs))
+                predictions.append(predict(inputs, *places) if own else self(inputs))
         return predictions
 
     def _evaluate(self, stage: str, batch: Any, loader: int) -> None:
@@ -250,19 +262,24 @@ class MAMLMixin(pl.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
         checkpoint[_KEY] = self.meta.plain()
+        # save_hyperparameters() in a class of one's own keeps the object, which torch.load(weights_only=True) refuses.
+        kept = checkpoint.get(self.CHECKPOINT_HYPER_PARAMS_KEY, {})
+        if isinstance(kept.get("meta"), MetaConfig):
+            checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY] = {**kept, "meta": kept["meta"].plain()}
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        super().on_load_checkpoint(checkpoint)
         if not self._given and _KEY in checkpoint:
             self.meta = MetaConfig(**checkpoint[_KEY])
-        self.attach_meta()
+        # What is learned beside the weights comes after adapters, and before they look for a place of all that was saved.
+        self.configure_model()
+        super().on_load_checkpoint(checkpoint)
 
     def _with_preset(self, config: MetaConfig) -> MetaConfig:
         defaults = {field.name: field.default for field in fields(MetaConfig)}
-        return replace(
-            config, **{key: value for key, value in self.preset.items() if getattr(config, key) == defaults[key]}
-        )
+        # 1 == True, and second_order=1 is an epoch.
+        left = {key for key, default in defaults.items() if repr(getattr(config, key)) == repr(default)}
+        return replace(config, **{key: value for key, value in self.preset.items() if key in left})
 
 
 def _out_of_inference(batch: Any) -> Any:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import lightning.pytorch as pl
 import torch
 from torch import Tensor
+from torchmetrics import Metric
 
 from lightning_peft.meta.adaptation_curve import AdaptationCurve
 from lightning_peft.meta.episode import Episode
@@ -23,6 +24,7 @@ from lightning_peft.meta.task_losses import Params, TaskCalls
 from lightning_peft.meta.twice_differentiable import (
     explained,
     math_attention,
+    no_checkpointing,
     no_second_derivative,
     once_differentiable,
 )
@@ -30,6 +32,9 @@ from lightning_peft.randomness import RandomState, random_state, set_random_stat
 
 if TYPE_CHECKING:
     from lightning_peft.mixins.maml_mixin import MAMLMixin
+
+_NOT_STACKED = ("vmap", "Batching rule not implemented")
+"""What torch says where something cannot be vectorised."""
 
 
 class MetaLearner:
@@ -45,6 +50,7 @@ class MetaLearner:
         self.compile_backend = "inductor"
         self._compiled: Callable[..., Any] | None = None
         self._checked = False
+        self._ahead: RandomState | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out compiled code, which cannot be copied; it is made again where it is needed."""
@@ -69,6 +75,22 @@ class MetaLearner:
             raise ValueError(
                 f"{self.name}: precision='16-mixed' scales the loss, and inner gradients are taken outside of that, where fp16 "
                 "underflows. Use precision='bf16-mixed' or '32-true', or MetaConfig(second_order=False) with stacked tasks."
+            )
+
+    def refuse_still_rates(self, trainer: pl.Trainer) -> None:
+        """Stop a run whose learned rates no optimizer holds: they would never move.
+
+        Raises:
+            ValueError: With what to add.
+        """
+        rates = self.module.inner_rates
+        if rates is None:
+            return
+        held = {id(p) for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]}
+        if any(p.requires_grad and id(p) not in held for p in rates.parameters()):
+            raise ValueError(
+                f"{self.name}: learn_inner_lr={self.module.meta.learn_inner_lr!r}, and configure_optimizers gives the rates to no "
+                "optimizer, so they would never move. Add self.inner_rates.parameters() to a group; self.parameters() holds them."
             )
 
     # --- training -------------------------------------------------------------------------------------------------------------
@@ -129,7 +151,10 @@ class MetaLearner:
             return outcome, self._told(torch.autograd.grad, total, outer, allow_unused=True)
         own = {id(value) for value in inner.values()}
         others = [value for value in outer if id(value) not in own]
+        self._ahead = None
         outcome, v, rest = self._told(self._recomputed, loop, calls, inner, others)
+        if self._ahead is not None:
+            set_random_state(self._ahead, self.module.device)
         by_id: dict[int, Tensor | None] = dict(zip(map(id, inner.values()), v, strict=True))
         by_id |= dict(zip(map(id, others), rest, strict=True))
         return outcome, [by_id[id(value)] for value in outer]
@@ -159,7 +184,9 @@ class MetaLearner:
             loop = self._loop(calls, [1.0], second_order=False)
             for adapted, _ in self._steps(loop, parameters, steps):
                 parameters = adapted
-        return {name: value.detach() for name, value in parameters.items()}
+        own = {value.data_ptr() for value in places.parameters.values()}
+        # What no step moved, all of it after none, is the module's own memory still, which goes on training.
+        return {n: v.detach().clone() if v.data_ptr() in own else v.detach() for n, v in parameters.items()}
 
     def curve(self, episode: Episode) -> AdaptationCurve:
         """Return query losses, and accuracies, of tasks before adaptation and after each step of it."""
@@ -191,7 +218,7 @@ class MetaLearner:
 
         with self._at(t):
             losses, *accuracy = calls.query(both, parameters)
-        return losses, accuracy[0] if accuracy else None
+        return self._single(losses), accuracy[0] if accuracy else None
 
     # --- what both share ------------------------------------------------------------------------------------------------------
 
@@ -215,12 +242,10 @@ class MetaLearner:
         def run(call: Callable[..., Any], method: Callable[[Any], Any], parameters: Params, t: int) -> Tensor:
             if statistics is None or not module.training:
                 with self._at(t):
-                    plain: Tensor = call(method, parameters)
-                return plain
-            losses: Tensor
+                    return self._single(call(method, parameters))
             losses, found = call(statistics.recording(module, method), parameters)
             statistics.update(module, t, found)
-            return losses
+            return self._single(losses)
 
         def support(parameters: Params, t: int) -> Tensor:
             losses = run(calls.support, module.adaptation_loss, parameters, t)
@@ -231,12 +256,20 @@ class MetaLearner:
         return InnerLoop(
             support=support,
             query=lambda parameters, t: run(calls.query, module.query_loss, parameters, t),
-            rate=self._rate,
+            rate=lambda t: self._rate(t, list(calls.places.parameters)),
             steps=module.meta.adaptation_steps,
             weights=weights,
             second_order=second_order,
             generators=self._generators if module.training else None,
         )
+
+    def _single(self, losses: Tensor) -> Tensor:
+        """Return one loss for each task; a module's may be of shape ``(1,)``, as Lightning takes it."""
+        if losses.ndim > 1 and losses[0].numel() != 1:
+            raise ValueError(
+                f"{self.name}: the loss of a task has shape {tuple(losses.shape[1:])}; it must be one number. Take the mean."
+            )
+        return losses.flatten()
 
     def _check_twice(self, losses: Tensor) -> None:
         """Look once for custom functions without a second derivative: ``autograd.grad`` passes over them without a word."""
@@ -244,15 +277,17 @@ class MetaLearner:
             raise no_second_derivative(f"the custom functions {names}", self.name)
         self._checked = True
 
-    def _rate(self, t: int) -> Rate:
+    def _rate(self, t: int, names: Sequence[str]) -> Rate:
         rates = self.module.inner_rates
-        return float(self.module.meta.inner_lr) if rates is None else rates.at(t)
+        return float(self.module.meta.inner_lr) if rates is None else rates.at(t, names)
 
     def _generators(self, state: RandomState | None) -> RandomState:
-        if state is not None:
-            set_random_state(state, self.module.device)
-            return state
-        return random_state(self.module.device)
+        here = random_state(self.module.device)
+        if state is None:
+            return here
+        self._ahead = self._ahead or here  # the next task goes on from here: else it would draw what this one drew
+        set_random_state(state, self.module.device)
+        return state
 
     @property
     def _by_step(self) -> bool:
@@ -274,13 +309,15 @@ class MetaLearner:
 
     @contextmanager
     def _conditions(self, *, second_order: bool) -> Iterator[None]:
-        """Silence the module's logs, which would see tasks and not batches, and choose kernels."""
+        """Silence the module's logs and metrics, which would see tasks and not batches, and choose kernels."""
         with ExitStack() as stack:
             # Stacked tasks too: vmap has no rule for the fused kernels, and would run them task by task.
             stack.enter_context(math_attention(second_order or self.module.meta.task_batching == "stacked"))
+            stack.enter_context(no_checkpointing(self.name))
             if not self._by_step:
                 stack.enter_context(self.normalising(0))
             stack.enter_context(_silenced(self.module))
+            stack.enter_context(_metrics_kept(self.module))
             yield
 
     @staticmethod
@@ -300,7 +337,7 @@ class MetaLearner:
                 "adaptation_loss(self, batch) without what stops it."
             ) from error
         except RuntimeError as error:
-            if "vmap" in str(error):
+            if any(sign in str(error) for sign in _NOT_STACKED):
                 raise RuntimeError(
                     f"{self.name}: something in the loss cannot run on stacked tasks: {error}. Use "
                     "MetaConfig(task_batching='loop'), or define adaptation_loss(self, batch) without it."
@@ -341,6 +378,25 @@ def _silenced(module: pl.LightningModule) -> Iterator[None]:
         for name in attributes:
             del vars(module)[name]
         vars(module).update(kept)
+
+
+@contextmanager
+def _metrics_kept(module: pl.LightningModule) -> Iterator[None]:
+    """Take back what the module's metrics count inside; nothing that vmap wrapped stays in them."""
+    kept = [(vars(one), _state(one)) for one in module.modules() if isinstance(one, Metric)]
+    try:
+        yield
+    finally:
+        for attributes, state in kept:
+            attributes.update(state)
+
+
+def _state(metric: Metric) -> dict[str, Any]:
+    """Return the attributes of a metric, with copies of what it may change in place."""
+    return {
+        name: value.clone() if isinstance(value, Tensor) else list(value) if isinstance(value, list) else value
+        for name, value in vars(metric).items()
+    }
 
 
 def _nothing(*args: Any, **kwargs: Any) -> None:

@@ -1,5 +1,7 @@
 """Episodes are the same on any number of processes, in every resumed run, and hold what they should."""
 
+from collections import UserDict
+
 import lightning.pytorch as pl
 import pytest
 import torch
@@ -65,12 +67,39 @@ def test_rows_are_relabelled_and_stacked():
     assert named.query["intent"].tolist() == [[0] * 4 + [1] * 4 + [2] * 4]
 
 
+@pytest.mark.parametrize("labels", [torch.tensor(LABELS), torch.tensor(LABELS).numpy(), [f"{row}" for row in LABELS]])
+def test_labels_may_be_a_tensor_or_texts(labels):
+    drawn = list(EpisodeSampler(labels, 3, 2, 4, episodes=8))
+    assert [episode._replace(classes=()) for episode in drawn] == [one._replace(classes=()) for one in sampler()]
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([{"x": 1.0}], r"a row has no 'label', but \['x'\]\. Pass label="),
+        ([UserDict(x=1.0)], "a row has no 'label'"),
+        ([1.0], "a row of float has no label"),
+        ([(1.0,)], "a row of tuple has no label"),
+    ],
+)
+def test_rows_without_a_label_say_what_they_have(rows, message):
+    with pytest.raises(ValueError, match=message):
+        EpisodicDataModule(rows, episodes=4).train_dataloader()
+
+
+def test_rows_may_be_any_mapping():
+    rows = [UserDict(x=float(row), label=label) for row, label in enumerate(LABELS)]
+    data = EpisodicDataModule(rows, n_way=3, n_query=2, meta_batch=4, episodes=4)
+    assert next(iter(data.train_dataloader())).support["label"].tolist() == [[0, 1, 2]] * 4
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"n_way": 8}, "n_way=8 classes with k_shot .* 7 of 7 classes have so many, the largest 10"),
         ({"n_query": 9}, "= 11 rows each are needed; 0 of 7"),
-        ({"k_shot": 0}, "k_shot=0 must be at least 1"),
+        ({"k_shot": 0}, "k_shot=0 must be a whole number of at least 1"),
+        ({"k_shot": 2.5}, "k_shot=2.5 must be a whole number"),
         ({"episodes": 0}, "episodes=0"),
     ],
 )
@@ -84,6 +113,22 @@ def test_episodes_that_do_not_divide_are_refused(monkeypatch):
         on_rank(monkeypatch, 0, 3)
     with pytest.raises(ValueError, match="episodes=10 is no multiple of meta_batch=4"):
         EpisodicDataModule([], episodes=10, meta_batch=4)
+
+
+@pytest.mark.parametrize("name", ["meta_batch", "episodes", "eval_episodes"])
+@pytest.mark.parametrize("value", [0, -4, 4.0])
+def test_counts_of_a_data_module_are_whole_numbers(name, value):
+    with pytest.raises(ValueError, match=f"EpisodicDataModule: {name}={value} must be a whole number of at least 1"):
+        EpisodicDataModule([], **{name: value})
+
+
+@pytest.mark.filterwarnings("ignore:You requested to overfit")
+def test_overfit_batches_is_refused_with_what_works(trainer):
+    made = trainer(overfit_batches=1)
+    with pytest.raises(
+        TypeError, match="EpisodeLoader: .*overfit_batches= replaces samplers: use limit_train_batches="
+    ):
+        made.fit(Seen(), Sinusoids().loader(8, 4))
 
 
 def test_a_row_number_instead_of_an_episode_is_refused():
@@ -172,6 +217,12 @@ def test_a_data_module_trains_and_tests_on_its_episodes(trainer):
     assert found == made.test(module, data, verbose=False)[0]
     assert found["meta/test_accuracy"] > 0.9 > found["meta/test_accuracy_after_0"]
     assert len(made.predict(module, data)) == 10
+
+
+@pytest.mark.parametrize(("k_shot", "n_query"), [(0, 10), (-1, 10), (10, 0)])
+def test_waves_without_points_are_refused(k_shot, n_query):
+    with pytest.raises(ValueError, match=f"Sinusoids: k_shot={k_shot} and n_query={n_query} must be at least 1"):
+        Sinusoids(k_shot, n_query)
 
 
 def test_task_keys_make_the_same_sine_again():

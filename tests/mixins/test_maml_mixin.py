@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import math
 import pickle
 
 import lightning.pytorch as pl
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call, grad, vmap
 from torch.utils.data import DataLoader
+from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_peft import (
     ANILMixin,
@@ -59,6 +61,12 @@ BODIES = {
     ),
     "attention": lambda: nn.Sequential(
         nn.Unflatten(1, (2, 2)), nn.Linear(2, 4), Attention(), nn.Flatten(), nn.Linear(8, 5)
+    ),
+    "encoder": lambda: nn.Sequential(
+        nn.Unflatten(1, (1, 4)),
+        nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0, batch_first=True),
+        nn.Flatten(),
+        nn.Linear(4, 5),
     ),
     "dropout": lambda: nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Dropout(0.5), nn.Linear(5, 5)),
 }
@@ -235,6 +243,12 @@ def test_second_order_begins_at_its_epoch():
         assert distance(found, gradients(module, by_hand(module, batch, second_order=exact))) < 1e-12
 
 
+def test_a_preset_fills_in_what_is_left_at_its_default():
+    assert FOMAML(meta=MetaConfig(adaptation_steps=3)).meta == MetaConfig(adaptation_steps=3, second_order=False)
+    second = FOMAML(meta={"second_order": 1}).meta
+    assert [second.second_order_at(epoch) for epoch in (0, 1)] == [False, True]
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_the_body_of_anil_learns_and_does_not_adapt(way):
     module, batch = prepared(ANIL, adaptation_steps=2, **WAYS[way]), episode()
@@ -280,6 +294,63 @@ def test_an_adapter_is_meta_learned_over_a_body_that_stays(way, trainer):
     assert moved == {name for name, p in module.named_parameters() if p.requires_grad}
 
 
+@pytest.mark.parametrize("kind", ["global", "layer", "layer_step", "parameter"])
+def test_what_a_schedule_freezes_leaves_the_rates_of_the_others(kind):
+    module, batch = prepared(learn_inner_lr=kind), episode()
+    module.backbone.requires_grad_(False)
+    names, places = module.inner_parameters(), list(module.inner_rates.places)
+    assert names == ["head.weight", "head.bias"]
+    with torch.no_grad():
+        for number, parameter in enumerate(module.inner_rates.parameters()):
+            parameter.add_(0.01 * (1 + number + torch.arange(parameter.numel()).view(parameter.shape)))
+
+    def rates(step):
+        every = module.inner_rates.at(step)
+        return [every[places.index(name)] for name in names]
+
+    expected = gradients(module, by_hand(module, batch, names=names, rates=rates))
+    assert distance(gradients(module, module.learner.meta_loss(batch, 0)[0]), expected) < 1e-12
+
+
+def test_what_trains_too_late_for_a_rate_is_named():
+    module = MetaSGD()
+    module.backbone.requires_grad_(False)
+    module.configure_model()
+    module.backbone.requires_grad_(True)
+    with pytest.raises(
+        ValueError, match=r"InnerRates: 'backbone\.0\.weight' adapts and has no rate.*learn_inner_lr='global'"
+    ):
+        module.learner.meta_loss(episode(dtype=torch.float32), 0)
+
+
+class Grouped(Net):
+    def configure_optimizers(self):
+        groups = [{"params": self.backbone.parameters()}, {"params": self.head.parameters(), "lr": 0.2}]
+        return torch.optim.SGD(groups, lr=self.lr)
+
+
+class GroupedSGD(MetaSGDMixin, Grouped): ...
+
+
+class GroupedRates(GroupedSGD):
+    def configure_optimizers(self):
+        optimizer = super().configure_optimizers()
+        optimizer.add_param_group({"params": self.inner_rates.parameters()})
+        return optimizer
+
+
+def test_learned_rates_that_no_optimizer_holds_are_refused(trainer):
+    with pytest.raises(
+        ValueError, match=r"GroupedSGD: learn_inner_lr='parameter'.*never move.*self\.inner_rates\.parameters"
+    ):
+        trainer(steps=1).fit(GroupedSGD(), loader())
+    module = GroupedRates()
+    trainer(steps=1).fit(module, loader())
+    assert not torch.equal(
+        module.inner_rates.values[0], torch.full_like(module.inner_rates.values[0], module.meta.inner_lr)
+    )
+
+
 def test_reptile_moves_towards_what_tasks_adapt_to():
     module, batch = prepared(Reptile, adaptation_steps=4), episode()
     found = gradients(module, module.learner.reptile_loss(batch)[0])
@@ -310,6 +381,18 @@ def test_dropout_is_drawn_once_when_a_step_is_computed_twice():
         torch.manual_seed(1)
         found.append(gradients(module, module.learner.meta_loss(episode(), 0)[0]))
     assert distance(*found) < 1e-12
+
+
+@pytest.mark.parametrize("way", ["recompute", "recompute_loop"])
+def test_a_step_that_is_computed_twice_takes_no_dropout_from_what_comes_after(way):
+    module = prepared(body="dropout", adaptation_steps=2, **WAYS[way])
+    plain = prepared(body="dropout", adaptation_steps=2, **WAYS["loop" if "loop" in way else "stacked"])
+    found = []
+    for net in (plain, module):
+        torch.manual_seed(1)
+        found.append([gradients(net, net.learner.meta_loss(episode(), 0)[0]) for _ in range(2)])
+        found[-1].append({"next": torch.rand(2)})
+    assert max(map(distance, *found)) < 1e-12
 
 
 @pytest.mark.parametrize("kind", [MAML, FOMAML, ANIL, MetaSGD, Reptile])
@@ -356,6 +439,23 @@ def test_fast_weights_serve_the_module_s_own_forward():
     assert torch.allclose(adapted, functional_call(module, values, (x,)), atol=1e-12)
 
 
+@pytest.mark.parametrize("steps", [0, 1])
+def test_fast_weights_stay_when_the_module_trains_on(steps):
+    module, batch = prepared(body="linear"), episode()
+    module.unused = nn.Linear(2, 2).double()
+    fast = module.adapt((batch.support[0][0], batch.support[1][0]), steps)
+    before = copy.deepcopy(fast.parameters)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(1.0)
+    assert all(torch.equal(value, before[name]) for name, value in fast.parameters.items())
+
+
+def test_a_negative_number_of_steps_is_refused():
+    with pytest.raises(ValueError, match=r"MAML\.adapt: steps=-1 must be at least 0"):
+        MAML().adapt((torch.zeros(2, 4), torch.zeros(2, dtype=torch.long)), -1)
+
+
 def test_a_resumed_run_ends_where_the_whole_one_ends(fit, tmp_path):
     def module():
         return MetaSGD(meta=MetaConfig(adaptation_steps=2, inner_lr=0.1))
@@ -370,6 +470,48 @@ def test_a_resumed_run_ends_where_the_whole_one_ends(fit, tmp_path):
     loaded = MetaSGD.load_from_checkpoint(tmp_path / "half.ckpt", weights_only=True)
     assert loaded.meta == half.lightning_module.meta
     assert torch.equal(loaded.inner_rates.values[0], half.lightning_module.inner_rates.values[0])
+
+
+@pytest.mark.parametrize("adapt", ["adapters", "all", "head"])
+def test_learned_rates_of_adapters_are_loaded_and_resumed(adapt, fit, tmp_path):
+    meta = MetaConfig(adapt=adapt, learn_inner_lr="layer_step", adaptation_steps=2, inner_lr=0.1)
+    saved = AdapterMAML("linear", meta=meta)
+    fit(saved, epochs=2, fit_with=(loader(),)).save_checkpoint(tmp_path / "half.ckpt")
+    loaded = AdapterMAML.load_from_checkpoint(tmp_path / "half.ckpt", body="linear")
+    assert loaded.meta == meta
+    assert torch.equal(loaded.inner_rates.values, saved.inner_rates.values)
+    rest = AdapterMAML("linear", meta=meta)
+    fit(rest, epochs=4, ckpt_path=tmp_path / "half.ckpt", fit_with=(loader(),))
+    whole = AdapterMAML("linear", meta=meta)
+    fit(whole, epochs=4, fit_with=(loader(),))
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), rest.parameters(), strict=True))
+
+
+class Placed(Net):
+    def predict_step(self, batch, batch_idx, dataloader_idx):
+        return batch_idx, dataloader_idx
+
+
+class PlacedMAML(MAMLMixin, Placed): ...
+
+
+def test_a_predict_step_of_one_s_own_knows_its_loader(trainer):
+    first, second = trainer().predict(PlacedMAML(), [loader(), loader()])
+    assert first == [[(0, 0)] * 4, [(1, 0)] * 4]
+    assert second == [[(0, 1)] * 4, [(1, 1)] * 4]
+
+
+class Remembering(MAMLMixin, Net):
+    def __init__(self, body="linear", meta=None) -> None:
+        super().__init__(body, meta=meta)
+        self.save_hyperparameters()
+
+
+def test_a_class_that_saves_its_hyperparameters_is_loaded_again(fit, tmp_path):
+    saved = Remembering(meta=MetaConfig(adaptation_steps=3))
+    fit(saved, epochs=1, fit_with=(loader(),)).save_checkpoint(tmp_path / "one.ckpt")
+    assert Remembering.load_from_checkpoint(tmp_path / "one.ckpt", weights_only=True).meta == saved.meta
+    assert saved.hparams["meta"] == saved.meta
 
 
 def test_a_module_is_copied_and_pickled_in_the_middle():
@@ -424,6 +566,70 @@ def test_an_operation_without_a_second_derivative_is_named(config, trainer):
     trainer(steps=1).fit(fine, one)
 
 
+class Cast(torch.autograd.Function):
+    @staticmethod
+    @torch.amp.custom_fwd(device_type="cpu")
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x**3
+
+    @staticmethod
+    @torch.amp.custom_bwd(device_type="cpu")
+    def backward(ctx, grad):
+        return 3 * ctx.saved_tensors[0] ** 2 * grad
+
+
+class Cubed(MAML):
+    def forward(self, x):
+        return Cast.apply(super().forward(x))
+
+
+def test_other_decorators_of_a_backward_do_not_make_it_once_differentiable():
+    module, batch = prepared(Cubed, "linear", task_batching="loop"), episode()
+    expected = gradients(module, by_hand(module, batch))
+    assert distance(gradients(module, module.learner.meta_loss(batch, 0)[0]), expected) < 1e-12
+
+
+class Checkpointed(MAML):
+    def forward(self, x):
+        return self.head(torch.utils.checkpoint.checkpoint(self.backbone, x, use_reentrant=False))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_gradient_checkpointing_is_refused_where_its_gradients_would_be_wrong(way):
+    module, (x, y) = prepared(Checkpointed, adaptation_steps=2, **WAYS[way]), episode().support
+    for run in (lambda: module.learner.meta_loss(episode(), 0), lambda: module.adapt((x[0], y[0]))):
+        with pytest.raises(
+            RuntimeError, match=r"Checkpointed: gradient checkpointing .* would be wrong.*memory='recompute'"
+        ):
+            run()
+
+
+def test_an_encoder_of_torch_is_evaluated_on_stacked_tasks_as_one_by_one():
+    curves = []
+    for way in ("stacked", "loop"):
+        module = prepared(body="encoder", adaptation_steps=2, **WAYS[way]).eval()
+        curves.append(torch.tensor(module.learner.curve(episode()).losses))
+    assert torch.allclose(*curves, atol=1e-6)
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
+class Compiled(MAML):
+    def __init__(self, **options) -> None:
+        super().__init__("linear", **options)
+        self.backbone = torch.compile(self.backbone, backend="aot_eager")
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # dynamo looks at inputs
+def test_a_compiled_part_without_a_second_derivative_is_told(trainer):
+    one = DataLoader(Tasks(), batch_size=1)
+    with pytest.raises(
+        RuntimeError, match="Compiled: second-order .*torch.compile .*double backward.*second_order=False"
+    ):
+        trainer(steps=1).fit(Compiled(meta=MetaConfig(task_batching="loop")), one)
+    trainer(steps=1).fit(Compiled(meta=MetaConfig(task_batching="loop", second_order=False)), one)
+
+
 class Counting(MAML):
     def training_step(self, batch, batch_idx):
         return super().training_step(batch, batch_idx)
@@ -441,10 +647,59 @@ def test_what_cannot_be_stacked_says_so_and_runs_in_a_loop(trainer):
     trainer(steps=1).fit(Counting(meta=MetaConfig(task_batching="loop")), loader())
 
 
+class Measured(Net):
+    def __init__(self) -> None:
+        super().__init__("linear")
+        self.accuracy = MulticlassAccuracy(3, average="micro", validate_args=False)
+
+    def training_step(self, batch, batch_idx):
+        logits = self(batch[0])
+        self.log("accuracy", self.accuracy(logits, batch[1]))
+        return F.cross_entropy(logits, batch[1])
+
+
+class MeasuredMAML(MAMLMixin, Measured): ...
+
+
+@pytest.mark.parametrize("way", ["stacked", "loop"])
+def test_the_metrics_of_a_module_count_no_tasks(way, trainer):
+    module = MeasuredMAML(meta=MetaConfig(adaptation_steps=2, **WAYS[way]))
+    module.accuracy.update(torch.tensor([1, 2, 2]), torch.tensor([1, 1, 2]))
+    trainer(epochs=2).fit(module, loader(), loader())
+    assert module.accuracy.compute().item() == pytest.approx(2 / 3)
+    copy.deepcopy(module)
+
+
+class Recurrent(MAML):
+    def __init__(self, **options) -> None:
+        super().__init__("linear", **options)
+        self.recurrent = nn.LSTM(4, 4, batch_first=True)
+
+    def forward(self, x):
+        return super().forward(self.recurrent(x[:, None])[0][:, 0])
+
+
+def test_a_layer_without_a_rule_for_stacked_tasks_says_so_and_runs_in_a_loop(trainer):
+    with pytest.raises(RuntimeError, match="Recurrent: .* cannot run on stacked tasks: .*lstm.*task_batching='loop'"):
+        trainer(steps=1).fit(Recurrent(), loader())
+    trainer(steps=1).fit(Recurrent(meta=MetaConfig(task_batching="loop")), loader(), loader())
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"adaptation_steps": 0}, "adaptation_steps=0 must be at least 1"),
+        ({"adaptation_steps": 0}, "adaptation_steps=0 must be a whole number of at least 1"),
+        ({"adaptation_steps": 2.0}, "adaptation_steps=2.0 must be a whole number"),
+        ({"adaptation_steps": None}, "adaptation_steps=None must be a whole number"),
+        ({"eval_adaptation_steps": "3"}, "eval_adaptation_steps='3' must be a whole number"),
+        ({"second_order": "yes"}, "second_order='yes' must be a whole number of at least 0"),
+        ({"second_order": -1}, "second_order=-1"),
+        ({"multi_step_loss_epochs": 1.5}, "multi_step_loss_epochs=1.5"),
+        ({"inner_lr": "1e-2"}, "inner_lr='1e-2' must be a number"),
+        ({"inner_lr": math.nan}, "inner_lr=nan"),
+        ({"adapt": 3}, "adapt=3 must be 'all'"),
+        ({"adapt": []}, r"adapt=\[\] must be 'all'"),
+        ({"compile": "no"}, r"compile='no' must be one of \[False, True\]"),
         ({"inner_lr": -1.0}, "inner_lr=-1.0"),
         ({"task_chunk": 0}, "task_chunk=0"),
         ({"memory": "disk"}, r"memory='disk' must be one of \['graph', 'recompute'\]"),
@@ -461,7 +716,7 @@ def test_settings_that_do_not_fit_are_refused(config, message):
     ("adapt", "message"),
     [
         ("adapters", "finds no adapter that trains.*LoRAMixin"),
-        (["hed.*"], r"'hed\.\*' matches none of \d+ parameter that trains"),
+        (["hed.*"], r"'hed\.\*' matches none of \d+ trainable parameters\."),
     ],
 )
 def test_inner_parameters_that_are_not_there_are_refused(adapt, message):
@@ -533,6 +788,55 @@ class Regression(MAML):
 
 def test_tasks_without_classes_have_a_loss_and_no_accuracy(trainer):
     logged = trainer().validate(Regression(), loader(), verbose=False)[0]
+    assert "meta/validation_loss" in logged
+    assert not any("accuracy" in key for key in logged)
+
+
+class Diverging(Regression):
+    def adaptation_loss(self, batch):
+        return super().adaptation_loss(batch).exp().exp()
+
+
+def test_tasks_that_diverge_are_logged_and_drawn(trainer, tmp_path):
+    logger = pl.loggers.TensorBoardLogger(tmp_path)
+    module = Diverging("linear", meta=MetaConfig(inner_lr=1e4))
+    logged = trainer(logger=logger).validate(module, loader(), verbose=False)[0]
+    assert not math.isfinite(logged["meta/validation_loss"])
+    assert math.isnan(logged["meta/validation_loss_interval"])
+
+
+class Shaped(MAML):
+    reduction = "none"
+
+    def adaptation_loss(self, batch):
+        loss = F.cross_entropy(self(batch[0]), batch[1], reduction=self.reduction)
+        return loss if loss.ndim else loss[None]
+
+
+@pytest.mark.parametrize("way", ["stacked", "loop"])
+def test_a_loss_is_one_number(way, trainer):
+    module = Shaped(meta=MetaConfig(**WAYS[way]))
+    with pytest.raises(ValueError, match=r"Shaped: the loss of a task has shape \(6,\); it must be one number"):
+        trainer(steps=1).fit(module, loader())
+    module.reduction = "mean"
+    found = trainer().validate(module, loader(), verbose=False)
+    assert found == trainer().validate(MAML(meta=MetaConfig(**WAYS[way])), loader(), verbose=False)
+
+
+class NoForward(pl.LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Linear(4, 3)
+
+    def training_step(self, batch, batch_idx):
+        return F.cross_entropy(self.net(batch[0]), batch[1])
+
+
+class NoForwardMAML(MAMLMixin, NoForward): ...
+
+
+def test_a_module_without_forward_has_a_loss_and_no_accuracy(trainer):
+    logged = trainer().validate(NoForwardMAML(), loader(), verbose=False)[0]
     assert "meta/validation_loss" in logged
     assert not any("accuracy" in key for key in logged)
 
