@@ -80,6 +80,12 @@ class EpisodeCollate:
 
         # Not tree_map_only on a BatchEncoding: to pytrees it is a leaf.
         plain = dict(batch) if isinstance(batch, Mapping) else batch
+        found = pytree.tree_leaves(plain)
+        if any(isinstance(leaf, str) for leaf in found) and sum(isinstance(leaf, Tensor) for leaf in found) < 2:
+            raise ValueError(
+                "EpisodeCollate: beside labels the rows hold text alone, which cannot be split by task. Give collate= a function "
+                "that makes tensors of it."
+            )
         return pytree.tree_map_only(Tensor, split, plain)
 
     def label_of(self, row: Any) -> Any:

@@ -118,7 +118,7 @@ def recomputed(
         support.append(losses.detach())
     del following, losses  # they would outlive what is popped below
     queries: list[tuple[float, Tensor]] = []
-    v: list[Tensor | None] = [torch.zeros_like(value) for value in path[-1].values()]
+    v: list[Tensor | None] = [None] * len(parameters)
     rest: list[Tensor | None] = [None] * len(others)
     for t in reversed(range(loop.steps)):
         reached = path.pop()
@@ -131,18 +131,23 @@ def recomputed(
         if states[t] is not None and loop.generators:
             loop.generators(states[t])
         before, v = v, [None] * len(v)
-        _through(list(loop.step(path[t], t)[0].values()), path[t], others, before, (v, rest))
-        del before
+        moved_to = loop.step(path[t], t)[0].values()
+        reached_by = [(value, weight) for value, weight in zip(moved_to, before, strict=True) if weight is not None]
+        if reached_by:
+            outputs, weights = zip(*reached_by, strict=True)
+            _through(outputs, path[t], others, weights, (v, rest))
+            del outputs, weights
+        del before, moved_to, reached_by
     total = torch.stack([weight * query for weight, query in queries]).sum(0)
     v, rest = ([None if one is None else one.detach() for one in side] for side in (v, rest))
     return Outcome(total, queries[0][1], support), calls.summed(v), rest
 
 
 def _through(
-    outputs: list[Tensor],
+    outputs: Sequence[Tensor],
     parameters: Params,
     others: Sequence[Tensor],
-    weights: Sequence[Tensor | None] | None,
+    weights: Sequence[Tensor] | None,
     onto: tuple[list[Tensor | None], list[Tensor | None]],
 ) -> None:
     """Add the gradients of outputs, each weighted, by the parameters and by what else they depend on, onto known ones."""

@@ -36,6 +36,10 @@ class Places:
         module: The module.
         names: Dotted names of the parameters.
 
+    Attributes:
+        parameters: The parameters, by name.
+        owners: The modules that hold them.
+
     Raises:
         ValueError: For a name that is no parameter's.
 
@@ -63,11 +67,14 @@ class Places:
         self.parameters = {name: named[name] for name in names}
         self._tables = [tables[id(parameter)] for parameter in self.parameters.values()]
         touched = {id(table) for found in self._tables for table, _ in found}
+        once = {id(owner): owner for _, owner in owners}.values()
+        self.owners = [owner for owner in once if id(owner._parameters) in touched]
         # Of exactly these classes, whose forward is known; not where something else has taken its place already.
+        known = [*self.owners, *(owner for owner in once if not owner._parameters)]
         self._forwards: list[tuple[dict[str, Any], Callable[..., Tensor]]] = [
             (vars(owner), partial(STACKED[type(owner)], owner))
-            for owner in {id(owner): owner for _, owner in owners if type(owner) in STACKED}.values()
-            if (id(owner._parameters) in touched or not owner._parameters) and "forward" not in vars(owner)
+            for owner in known
+            if type(owner) in STACKED and "forward" not in vars(owner)
         ]
 
     @contextmanager

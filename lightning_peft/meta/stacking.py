@@ -65,6 +65,14 @@ def _plainly_stacked(tensor: Tensor) -> bool:
     return stacked
 
 
+def stacked_embedding(layer: nn.Embedding, inputs: Tensor) -> Tensor:
+    """Return an ``nn.Embedding`` whose padding row takes no gradient in any task; vmap's own rule spares the first task's alone."""
+    if layer.padding_idx is None or layer.max_norm is not None:
+        return type(layer).forward(layer, inputs)
+    found = F.embedding(inputs, layer.weight, None, None, layer.norm_type, layer.scale_grad_by_freq, layer.sparse)
+    return torch.where((inputs == layer.padding_idx).unsqueeze(-1), found.detach(), found)
+
+
 def stacked_convolution(layer: Any, inputs: Tensor) -> Tensor:
     """Return an ``nn.Conv1d``, ``2d`` or ``3d`` whose weights differ from task to task."""
     plain = layer.padding_mode == "zeros" and not isinstance(layer.padding, str) and _is_rows(layer, inputs)
@@ -77,7 +85,8 @@ def stacked_convolution(layer: Any, inputs: Tensor) -> Tensor:
 
 def stacked_batch_norm(layer: Any, inputs: Tensor) -> Tensor:
     """Return an ``nn.BatchNorm1d``, ``2d`` or ``3d`` by statistics of the rows, whose scales differ from task to task."""
-    if layer.running_mean is not None or layer.weight is None or not _is_rows(layer, inputs):
+    single = inputs.ndim < 2 or inputs.numel() == inputs.shape[1]  # has no statistics, which torch says
+    if single or layer.running_mean is not None or layer.weight is None or not _is_rows(layer, inputs):
         ordinary: Tensor = type(layer).forward(layer, inputs)
         return ordinary
     return batch_norm(inputs, layer.weight, layer.bias, layer.eps)
@@ -105,6 +114,7 @@ def _is_rows(layer: nn.Module, inputs: Tensor) -> bool:
 _DIMENSIONS: dict[type[nn.Module], int] = {nn.Conv1d: 3, nn.Conv2d: 4, nn.Conv3d: 5}
 STACKED: dict[type[nn.Module], Callable[..., Tensor]] = {
     nn.Linear: stacked_linear,
+    nn.Embedding: stacked_embedding,
     **dict.fromkeys((nn.Conv1d, nn.Conv2d, nn.Conv3d), stacked_convolution),
     **dict.fromkeys((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d), stacked_batch_norm),
     **dict.fromkeys(

@@ -5,15 +5,16 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
 from torch import Tensor
-from torchmetrics import Metric
 
 from lightning_peft.meta.adaptation_curve import AdaptationCurve
+from lightning_peft.meta.bookkeeping import metrics_kept, silenced
+from lightning_peft.meta.compiled import CompiledRecursion
 from lightning_peft.meta.episode import Episode
 from lightning_peft.meta.inner_loop import InnerLoop, Outcome, added, leaves, meta_loss, recomputed
 from lightning_peft.meta.inner_rates import Rate
@@ -48,7 +49,7 @@ class MetaLearner:
     def __init__(self, module: MAMLMixin) -> None:
         self.module = module
         self.compile_backend = "inductor"
-        self._compiled: Callable[..., Any] | None = None
+        self._compiled: CompiledRecursion | None = None
         self._checked = False
         self._ahead: RandomState | None = None
 
@@ -65,8 +66,16 @@ class MetaLearner:
         """Stop a run that could not end well.
 
         Raises:
-            ValueError: For manual optimization, and fp16 where gradients are taken outside of its scaler.
+            ValueError: For manual optimization, strategies that shard weights, and fp16 where gradients are taken outside of its
+                scaler.
         """
+        if isinstance(trainer.strategy, DeepSpeedStrategy) or not isinstance(
+            trainer.strategy, SingleDeviceStrategy | DDPStrategy
+        ):
+            raise ValueError(
+                f"{self.name}: {type(trainer.strategy).__name__} gathers a module's own weights in each forward, in the place of "
+                "those that tasks adapt. Use a single device or strategy='ddp'."
+            )
         if not self.module.automatic_optimization:
             raise ValueError(f"{self.name}: meta-learning needs automatic_optimization=True: it returns the meta-loss.")
         config = self.module.meta
@@ -162,16 +171,9 @@ class MetaLearner:
     def _recomputed(self, loop: InnerLoop, calls: TaskCalls, inner: Params, others: Sequence[Tensor]) -> Any:
         if not self.module.meta.compile:
             return recomputed(loop, calls, inner, others)
-        if not hasattr(torch._dynamo.config, "trace_autograd_ops"):
-            raise RuntimeError(
-                f"{self.name}: MetaConfig(compile=True) needs a torch that compiles torch.autograd.grad, as 2.13 does; this is "
-                f"{torch.__version__}. Use compile=False."
-            )
         if self._compiled is None:
-            self._compiled = torch.compile(recomputed, fullgraph=True, dynamic=False, backend=self.compile_backend)
-        # Its derivatives are all inside: torch traces autograd.grad only if asked to.
-        with torch._dynamo.config.patch(trace_autograd_ops=True):
-            return self._compiled(replace(loop, generators=None), calls, inner, others)
+            self._compiled = CompiledRecursion(self.name, self.compile_backend)
+        return self._compiled(loop, calls, inner, others)
 
     # --- evaluation -----------------------------------------------------------------------------------------------------------
 
@@ -316,8 +318,8 @@ class MetaLearner:
             stack.enter_context(no_checkpointing(self.name))
             if not self._by_step:
                 stack.enter_context(self.normalising(0))
-            stack.enter_context(_silenced(self.module))
-            stack.enter_context(_metrics_kept(self.module))
+            stack.enter_context(silenced(self.module))
+            stack.enter_context(metrics_kept(self.module))
             yield
 
     @staticmethod
@@ -365,39 +367,3 @@ def _joined(outcomes: Sequence[Outcome]) -> Outcome:
         torch.cat([outcome.query for outcome in outcomes]),
         [torch.cat(step) for step in steps],
     )
-
-
-@contextmanager
-def _silenced(module: pl.LightningModule) -> Iterator[None]:
-    attributes = ("log", "log_dict")
-    kept = {name: vars(module)[name] for name in attributes if name in vars(module)}
-    vars(module).update(dict.fromkeys(attributes, _nothing))
-    try:
-        yield
-    finally:
-        for name in attributes:
-            del vars(module)[name]
-        vars(module).update(kept)
-
-
-@contextmanager
-def _metrics_kept(module: pl.LightningModule) -> Iterator[None]:
-    """Take back what the module's metrics count inside; nothing that vmap wrapped stays in them."""
-    kept = [(vars(one), _state(one)) for one in module.modules() if isinstance(one, Metric)]
-    try:
-        yield
-    finally:
-        for attributes, state in kept:
-            attributes.update(state)
-
-
-def _state(metric: Metric) -> dict[str, Any]:
-    """Return the attributes of a metric, with copies of what it may change in place."""
-    return {
-        name: value.clone() if isinstance(value, Tensor) else list(value) if isinstance(value, list) else value
-        for name, value in vars(metric).items()
-    }
-
-
-def _nothing(*args: Any, **kwargs: Any) -> None:
-    """Stand for a log that nobody reads."""

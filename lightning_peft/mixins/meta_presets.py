@@ -38,7 +38,8 @@ class ReptileMixin(MAMLMixin):
     in evaluation, as the paper does (1-shot tasks train with 10 or 15).
 
     Raises:
-        ValueError: When a fit begins, for learned rates, which no gradient would reach.
+        ValueError: When a fit begins, for settings that the algorithm has no use for: learned rates, which no gradient would reach,
+            losses after each step, and memory for a graph that it never builds.
     """
 
     preset = {"second_order": False}
@@ -50,6 +51,12 @@ class ReptileMixin(MAMLMixin):
             raise ValueError(
                 f"{type(self).__name__}: learn_inner_lr={self.meta.learn_inner_lr!r}: Reptile has no gradient for rates. "
                 "Leave it unset, or use FOMAMLMixin."
+            )
+        idle = {"memory": "graph", "multi_step_loss_epochs": 0, "compile": False}
+        if stage == "fit" and (wrong := [name for name, usual in idle.items() if getattr(self.meta, name) != usual]):
+            raise ValueError(
+                f"{type(self).__name__}: Reptile has no use for {wrong[0]}={getattr(self.meta, wrong[0])!r}: it takes no gradient "
+                "through its steps, and its query set is never trained on. Leave it unset."
             )
 
     @override

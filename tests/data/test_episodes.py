@@ -235,3 +235,10 @@ def test_task_keys_make_the_same_sine_again():
     fitted = basis.double() @ torch.linalg.lstsq(basis.double(), y.double()).solution
     assert torch.allclose(fitted, y.double(), atol=1e-5)
     assert len(TaskSampler(6)) == 6
+
+
+def test_rows_of_text_alone_are_refused():
+    rows = [(f"text {i}", i % 5) for i in range(60)]
+    data = EpisodicDataModule(rows, n_way=3, n_query=2, meta_batch=2, episodes=4)
+    with pytest.raises(ValueError, match=r"the rows hold text alone.*Give collate="):
+        next(iter(data.train_dataloader()))

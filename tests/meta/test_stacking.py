@@ -93,3 +93,15 @@ def test_an_error_ends_the_vmap():
 def test_dropout_differs_from_task_to_task():
     found = over_tasks(lambda x: nn.functional.dropout(x, 0.5), [torch.ones(2, 64)])
     assert not torch.equal(found[0], found[1])
+
+
+def test_one_row_has_no_statistics_in_stacked_tasks_either():
+    layer = nn.BatchNorm1d(2, track_running_stats=False)
+    places = Places(layer, ["weight", "bias"])
+
+    def one(weight, bias, x):
+        with places.holding([weight, bias], stacked=True):
+            return layer(x)
+
+    with pytest.raises(ValueError, match="Expected more than 1 value per channel"):
+        over_tasks(one, [torch.ones(TASKS, 2), torch.zeros(TASKS, 2), torch.randn(TASKS, 1, 2)])

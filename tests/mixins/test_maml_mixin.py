@@ -9,6 +9,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from torch import nn
 from torch.func import functional_call, grad, vmap
 from torch.utils.data import DataLoader
@@ -17,13 +18,17 @@ from torchmetrics.classification import MulticlassAccuracy
 from lightning_peft import (
     ANILMixin,
     FOMAMLMixin,
+    KVPrefix,
     LoRA,
     LoRAMixin,
     MAMLMixin,
     MetaConfig,
     MetaSGDMixin,
+    PrefixMixin,
     ReplayMixin,
     ReptileMixin,
+    SoftPrompt,
+    SoftPromptMixin,
 )
 from lightning_peft.callbacks import ReplayMixing
 from lightning_peft.meta import Episode
@@ -37,6 +42,13 @@ class Attention(nn.Module):
     def forward(self, x):
         q, k, v = self.qkv(x).chunk(3, -1)
         return x + self.out(F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0])
+
+
+class Letters(nn.Module):
+    """Numbers of tokens, 0 for none."""
+
+    def forward(self, x):
+        return (2 * x).round().abs().long().clamp(max=5)
 
 
 BODIES = {
@@ -67,6 +79,9 @@ BODIES = {
         nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0, batch_first=True),
         nn.Flatten(),
         nn.Linear(4, 5),
+    ),
+    "embedding": lambda: nn.Sequential(
+        Letters(), nn.Embedding(6, 3, padding_idx=0), nn.Flatten(), nn.Linear(12, 5), nn.Tanh()
     ),
     "dropout": lambda: nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Dropout(0.5), nn.Linear(5, 5)),
 }
@@ -372,6 +387,86 @@ def test_a_compiled_meta_gradient_is_exact(body):
         batch = episode(seed=seed)
         found = gradients(module, module.learner.meta_loss(batch, 0)[0])
         assert distance(found, gradients(reference, by_hand(reference, batch, steps=2))) < 1e-12
+
+
+def test_what_a_compiled_step_would_get_wrong_is_refused():
+    config = {"adaptation_steps": 1, "memory": "recompute", "compile": True}
+    module = prepared(body="dropout", **config)
+    module.learner.compile_backend = "aot_eager"
+    with pytest.raises(RuntimeError, match="losses that draw random numbers, as of dropout"):
+        module.learner.meta_loss(episode(), 0)
+    module.eval()
+    module.learner.meta_loss(episode(), 0)
+    with pytest.raises(ValueError, match="cannot adapt an embedding with padding_idx=0"):
+        prepared(body="embedding", **config).learner.meta_loss(episode(), 0)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_what_no_loss_depends_on_has_no_gradient(way):
+    module = prepared(adaptation_steps=2, **WAYS[way])
+    module.idle = nn.Linear(2, 2)
+    found = gradients(module, module.learner.meta_loss(episode(), 0)[0])
+    assert "head.weight" in found
+    assert not any(name.startswith("idle") for name in found)  # weight decay would move what has a gradient of zero
+
+
+class TextNet(pl.LightningModule):
+    """A small encoder of transformers, over which adapters adapt."""
+
+    def __init__(self, **options) -> None:
+        super().__init__(**options)
+        torch.manual_seed(3)
+        sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2}
+        config = transformers.BertConfig(vocab_size=6, max_position_embeddings=20, initializer_range=0.5, **sizes)
+        self.backbone = transformers.BertModel(config, add_pooling_layer=False)
+        self.letters, self.head = Letters(), nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.head(self.backbone(input_ids=self.letters(x)).last_hidden_state.mean(-2))
+
+    training_step = Net.training_step
+
+
+class LoRATextNet(MAMLMixin, LoRAMixin, TextNet): ...
+
+
+class SoftPromptTextNet(MAMLMixin, SoftPromptMixin, TextNet): ...
+
+
+class PrefixTextNet(MAMLMixin, PrefixMixin, TextNet): ...
+
+
+@pytest.mark.parametrize("way", ["stacked", "loop", "recompute"])
+@pytest.mark.parametrize(
+    ("kind", "adapter"),
+    [(LoRATextNet, LoRA(rank=2)), (SoftPromptTextNet, SoftPrompt(tokens=3)), (PrefixTextNet, KVPrefix(tokens=3))],
+    ids=["lora", "soft prompt", "prefix"],
+)
+def test_the_start_of_an_adapter_over_a_frozen_text_encoder_is_learned_exactly(kind, adapter, way):
+    meta = MetaConfig(inner_lr=0.05, adapt="adapters", adaptation_steps=2, **WAYS[way])
+    module = kind(adapter=adapter, backbone="backbone", meta=meta)
+    module.configure_model()
+    module, batch, names = module.double().eval(), episode(), module.inner_parameters()
+    assert names
+    assert not any("head" in name for name in names)
+    expected = gradients(module, by_hand(module, batch, steps=2, names=names))
+    assert expected.keys() == {*names, "head.weight", "head.bias"}
+    assert distance(gradients(module, module.learner.meta_loss(batch, 0)[0]), expected) < 1e-12
+
+
+@pytest.mark.parametrize("strategy", ["ModelParallelStrategy", "FSDPStrategy", "DeepSpeedStrategy"])
+def test_strategies_that_gather_weights_in_each_forward_are_refused(strategy, trainer):
+    made = trainer()
+    made.strategy.__class__ = vars(pl.strategies)[strategy]  # none can be made without a GPU
+    with pytest.raises(ValueError, match=f"MAML: {strategy} gathers .* Use a single device or strategy='ddp'"):
+        prepared().learner.refuse_fit(made)
+
+
+@pytest.mark.parametrize(("setting", "value"), [("memory", "recompute"), ("multi_step_loss_epochs", 2)])
+def test_reptile_refuses_what_it_has_no_use_for(setting, value, trainer):
+    module = Reptile(meta=MetaConfig(**{setting: value}))
+    with pytest.raises(ValueError, match=f"Reptile has no use for {setting}={value!r}"):
+        trainer(steps=1).fit(module, loader())
 
 
 def test_dropout_is_drawn_once_when_a_step_is_computed_twice():

@@ -1,0 +1,55 @@
+"""The recursion of a meta-gradient, compiled: all derivatives are inside, since a compiled graph cannot be differentiated twice."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_peft.meta.inner_loop import InnerLoop, recomputed
+from lightning_peft.meta.task_losses import Params, TaskCalls
+
+
+class CompiledRecursion:
+    """What :func:`~lightning_peft.meta.inner_loop.recomputed` returns, from code that torch has compiled for one shape of tasks.
+
+    Args:
+        owner: Who is meant in messages.
+        backend: Of ``torch.compile``.
+
+    Raises:
+        RuntimeError: By a torch that cannot; when called, for losses that draw random numbers: a step that is computed twice would
+            draw others.
+        ValueError: When called, for adapting embeddings with a padding row: vmap gives it a gradient in all tasks but the first.
+    """
+
+    def __init__(self, owner: str, backend: str = "inductor") -> None:
+        if not hasattr(torch._dynamo.config, "trace_autograd_ops"):
+            raise RuntimeError(
+                f"{owner}: MetaConfig(compile=True) needs a torch that compiles torch.autograd.grad, as 2.13 does; this is "
+                f"{torch.__version__}. Use compile=False."
+            )
+        self._owner = owner
+        self._compiled: Callable[..., Any] = torch.compile(recomputed, fullgraph=True, dynamic=False, backend=backend)
+
+    def __call__(self, loop: InnerLoop, calls: TaskCalls, inner: Params, others: Sequence[Tensor]) -> Any:
+        """Return the outcome, the gradients by what adapts, and by what else the losses depend on."""
+        for owner in calls.places.owners:
+            if isinstance(owner, nn.Embedding) and owner.padding_idx is not None:
+                raise ValueError(
+                    f"{self._owner}: MetaConfig(compile=True) cannot adapt an embedding with padding_idx={owner.padding_idx}. Use "
+                    "compile=False, or leave it out by adapt=."
+                )
+        before = torch.get_rng_state()
+        # Its derivatives are all inside: torch traces autograd.grad only if asked to.
+        with torch._dynamo.config.patch(trace_autograd_ops=True):
+            found = self._compiled(replace(loop, generators=None), calls, inner, others)
+        if loop.generators is not None and not torch.equal(before, torch.get_rng_state()):
+            raise RuntimeError(
+                f"{self._owner}: MetaConfig(compile=True) and losses that draw random numbers, as of dropout: a step is computed "
+                "twice, and would draw others. Use compile=False, or no dropout."
+            )
+        return found
