@@ -26,6 +26,7 @@ class SampleGrid(Looks):
         every_n_steps: Optimizer steps between looks; it looks after the last one too.
         seed: Of the draws.
         folder: Where each look is written as ``samples-STEP.png``; unset, nowhere.
+        name: A part of the keys, ``generation/<name>/samples``, and a folder within ``folder``, where several stand side by side.
 
     Raises:
         ValueError: For a count or an interval below 1; before the first step, for a module that cannot sample.
@@ -42,8 +43,9 @@ class SampleGrid(Looks):
         every_n_steps: int = 200,
         seed: int = 0,
         folder: str | Path | None = None,
+        name: str | None = None,
     ) -> None:
-        super().__init__(every_n_steps, seed)
+        super().__init__(every_n_steps, seed, name)
         if count < 1:
             raise ValueError(f"SampleGrid: count={count!r} must be at least 1.")
         self.sample, self.count = sample, count
@@ -62,6 +64,6 @@ class SampleGrid(Looks):
         self.samples = self._samples(self.sample, pl_module, self.count)
         if trainer.is_global_zero:
             grid = image_grid(self.samples)
-            log_image(trainer, "generation/samples", grid)
+            log_image(trainer, self._key("samples"), grid)
             if self.folder is not None:
-                save_image(self.folder / f"samples-{trainer.global_step:06}.png", grid)
+                save_image(self._file(self.folder, "samples", trainer), grid)

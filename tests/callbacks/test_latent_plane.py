@@ -29,6 +29,17 @@ def test_each_look_stands_in_tensorboard_and_in_the_folder(fit, tmp_path):
     assert sorted(file.name for file in (tmp_path / "seen").iterdir()) == ["latents-000002.png", "latents-000004.png"]
 
 
+def test_training_and_held_out_rows_stand_side_by_side(fit, tmp_path):
+    logger = TensorBoardLogger(tmp_path, name="", version="run", default_hp_metric=False)
+    given = {"train": rows(20), "held_out": rows(9)}
+    planes = [LatentPlane(one, side=2, folder=tmp_path / "seen", name=name) for name, one in given.items()]
+    fit(Sketch(), *planes, epochs=1, logger=logger)
+    events = EventAccumulator(str(tmp_path / "run")).Reload()
+    assert events.Tags()["images"] == ["generation/train/latents", "generation/held_out/latents"]
+    assert all((tmp_path / "seen" / name / "latents-000004.png").exists() for name in given)
+    assert [len(plane.latents) for plane in planes] == [20, 9]
+
+
 def test_rows_without_labels_and_a_module_without_a_decoder_have_their_picture_too(fit):
     class Encoder(Sketch):
         decode = None
