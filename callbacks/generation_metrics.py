@@ -11,6 +11,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_peft.callbacks.looks import Looks, Sampler
+from lightning_peft.counts import check_counts
 from lightning_peft.distributed import gather_objects
 from lightning_peft.logging import log_values, register_chart
 from lightning_peft.metrics.frechet_distance import frechet_distance
@@ -75,16 +76,15 @@ class GenerationMetrics(Looks):
         name: str | None = None,
     ) -> None:
         super().__init__(every_n_steps, seed, name)
-        if k < 1 or min(count, len(real)) <= k:
-            raise ValueError(
-                f"GenerationMetrics: k={k!r} must be at least 1 and below count={count!r} and {len(real)} rows."
-            )
+        self.count, self.k = count, k
+        check_counts(self, "count", "k")
+        if min(count, len(real)) <= k:
+            raise ValueError(f"GenerationMetrics: k={k!r} must be below count={count!r} and {len(real)} rows.")
         if held_out is not None and (not len(held_out) or held_out.shape[1:] != real.shape[1:]):
             raise ValueError(
                 f"GenerationMetrics: held_out of {tuple(held_out.shape)} must hold rows of {tuple(real.shape[1:])}, as real does."
             )
         self.real, self.sample, self.features, self.held_out = real.cpu(), sample, features, held_out
-        self.count, self.k = count, k
         self.values: dict[str, float] = {}
         """What the last look measured."""
 

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Subset
 from typing_extensions import override
 
 from lightning_peft.callbacks.looks import Looks
+from lightning_peft.counts import check_counts
 from lightning_peft.data.mix_loader import Rows, carried_options, row_count
 from lightning_peft.files import write_atomic
 from lightning_peft.latent_plane import draw_latents
@@ -43,8 +44,8 @@ class LatentPlane(Looks):
         name: A part of the keys, ``generation/<name>/latents``, and a folder within ``folder``, where several stand side by side.
 
     Raises:
-        ValueError: For a number below 1 or rows without a length; before the first step, for a module that cannot encode; at a
-            look, for latents that are no table.
+        ValueError: For a number that is no whole one of at least 1, or rows without a length; before the first step, for a module
+            that cannot encode; at a look, for latents that are no table.
 
     >>> LatentPlane([(torch.zeros(4), 0)]).most
     2000
@@ -63,11 +64,10 @@ class LatentPlane(Looks):
         name: str | None = None,
     ) -> None:
         super().__init__(every_n_steps, 0, name)
-        if wrong := {name: value for name, value in (("most", most), ("side", side)) if value < 1}:
-            raise ValueError(f"LatentPlane: {wrong!r} must be at least 1 each.")
+        self.most, self.side = most, side
+        check_counts(self, "most", "side")
         row_count(rows.dataset if isinstance(rows, DataLoader) else rows, "LatentPlane: rows")
         self.rows, self.encode, self.decode = rows, encode, decode
-        self.most, self.side = most, side
         self.folder = None if folder is None else Path(folder)
         self.latents: Tensor | None = None
         """What the last look found, ``(rows, latents)``."""

@@ -13,6 +13,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_peft.callbacks.measuring import averaged, forward_context
+from lightning_peft.counts import check_counts
 from lightning_peft.logging import check_key
 from lightning_peft.old_task import untouched
 from lightning_peft.one_lightning import refuse_pytorch_lightning
@@ -33,13 +34,12 @@ class Looks(pl.Callback):
         name: A part of the keys and of the folder, where several of a kind stand side by side.
 
     Raises:
-        ValueError: For an interval below 1.
+        ValueError: For an interval that is no whole number of at least 1.
     """
 
     def __init__(self, every_n_steps: int, seed: int, name: str | None = None) -> None:
-        if isinstance(every_n_steps, bool) or not isinstance(every_n_steps, int) or every_n_steps < 1:
-            raise ValueError(f"{self._owner}: every_n_steps={every_n_steps!r} must be a whole number of at least 1.")
         self.every_n_steps, self.seed, self.name = every_n_steps, seed, name
+        check_counts(self, "every_n_steps")
         self._looked_at = 0
 
     @property

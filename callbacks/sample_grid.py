@@ -9,6 +9,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_peft.callbacks.looks import Looks, Sampler
+from lightning_peft.counts import check_counts
 from lightning_peft.image_grid import image_grid, save_image
 from lightning_peft.logging import log_image
 
@@ -29,7 +30,8 @@ class SampleGrid(Looks):
         name: A part of the keys, ``generation/<name>/samples``, and a folder within ``folder``, where several stand side by side.
 
     Raises:
-        ValueError: For a count or an interval below 1; before the first step, for a module that cannot sample.
+        ValueError: For a count or an interval that is no whole number of at least 1; before the first step, for a module that
+            cannot sample.
 
     >>> SampleGrid(count=16).every_n_steps
     200
@@ -46,9 +48,8 @@ class SampleGrid(Looks):
         name: str | None = None,
     ) -> None:
         super().__init__(every_n_steps, seed, name)
-        if count < 1:
-            raise ValueError(f"SampleGrid: count={count!r} must be at least 1.")
         self.sample, self.count = sample, count
+        check_counts(self, "count")
         self.folder = None if folder is None else Path(folder)
         self.samples: Tensor | None = None
         """What the last look drew."""

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from lightning_peft.budget import Budget, Usage
+from lightning_peft.counts import check_counts
 from lightning_peft.decoding.beams import Beam, EarlyStopping, Hypothesis
-from lightning_peft.decoding.counts import check_counts
 from lightning_peft.decoding.custom_generate import custom_generate
 from lightning_peft.decoding.draft import Draft, Scorer
 from lightning_peft.decoding.judge import Judge, refusal

@@ -84,9 +84,16 @@ def test_the_network_is_in_no_checkpoint(fit, tmp_path):
     assert checkpoint["callbacks"]["GenerationMetrics"].keys() == {"looked_at", "values"}
 
 
-@pytest.mark.parametrize("options", [{"k": 0}, {"k": 30}, {"count": 4, "k": 4}])
+@pytest.mark.parametrize("name", ["count", "k"])
+@pytest.mark.parametrize("value", [0, 2.5, True])
+def test_what_is_no_whole_number_is_refused(name, value):
+    with pytest.raises(ValueError, match=f"GenerationMetrics: {name}={value} must be a whole number of at least 1"):
+        GenerationMetrics(real(), **{name: value})
+
+
+@pytest.mark.parametrize("options", [{"k": 30}, {"count": 4, "k": 4}])
 def test_numbers_that_make_no_balls_are_refused(options):
-    with pytest.raises(ValueError, match="GenerationMetrics: k=.* must be at least 1 and below count="):
+    with pytest.raises(ValueError, match="GenerationMetrics: k=.* must be below count="):
         GenerationMetrics(real(), **options)
 
 

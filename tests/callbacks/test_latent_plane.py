@@ -66,6 +66,7 @@ def test_a_model_that_diverges_ends_no_training_by_being_looked_at(fit, tmp_path
 
 
 @pytest.mark.parametrize("name", ["most", "side"])
-def test_nothing_to_draw_is_refused(name):
-    with pytest.raises(ValueError, match=f"LatentPlane: {{'{name}': 0}} must be at least 1 each"):
-        LatentPlane(rows(3), **{name: 0})
+@pytest.mark.parametrize("value", [0, 2.5, True])
+def test_what_is_no_number_to_draw_is_refused(name, value):
+    with pytest.raises(ValueError, match=f"LatentPlane: {name}={value} must be a whole number of at least 1"):
+        LatentPlane(rows(3), **{name: value})

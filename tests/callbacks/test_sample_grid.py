@@ -46,6 +46,7 @@ def test_any_function_may_draw(fit):
     assert torch.equal(grid.samples, torch.full((2, 3, 2, 2), 0.25))
 
 
-def test_no_image_is_refused():
-    with pytest.raises(ValueError, match="SampleGrid: count=0 must be at least 1"):
-        SampleGrid(count=0)
+@pytest.mark.parametrize("count", [0, 2.5, True])
+def test_what_is_no_number_of_images_is_refused(count):
+    with pytest.raises(ValueError, match=f"SampleGrid: count={count} must be a whole number of at least 1"):
+        SampleGrid(count=count)

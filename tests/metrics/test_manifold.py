@@ -173,8 +173,9 @@ def test_a_metric_survives_pickle_forgets_on_reset_and_has_no_parameters(kind):
 
 
 def test_what_cannot_be_is_refused():
-    with pytest.raises(ValueError, match="PrecisionRecall: k=0 must be at least 1"):
-        PrecisionRecall(0)
+    for k in (0, 2.5, True):
+        with pytest.raises(ValueError, match=f"PrecisionRecall: k={k} must be a whole number of at least 1"):
+            PrecisionRecall(k)
     with pytest.raises(ValueError, match="k=5 needs more than 5 rows; there are 5"):
         neighbour_radii(torch.rand(5, 2), 5)
     with pytest.raises(ValueError, match="rows of 1 values cannot be compared with rows of 2"):
