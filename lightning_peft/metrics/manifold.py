@@ -166,9 +166,11 @@ class ManifoldMetric(Metric, ABC):
     def _sets(self, *names: str) -> list[Tensor]:
         found = []
         for name in names:
-            if not len(getattr(self, name)):
+            updates = getattr(self, name)
+            rows = dim_zero_cat(updates) if len(updates) else updates
+            if not len(rows):  # nor do updates of no rows hold any
                 raise ValueError(f"{type(self).__name__}: no {name} rows yet; update with both kinds before compute.")
-            found.append(dim_zero_cat(getattr(self, name)))
+            found.append(rows)
         return found
 
 
