@@ -43,7 +43,7 @@ class BeamSearch:
             gets narrower instead, and cheaper.
         partial: Judges texts that may go on.
         final: Judges texts that have ended; the best of them by it is returned.
-        weight: Of the partial scorer's value.
+        weight: Of the partial scorer's value; at 0 none counts, however great, but that of the dead.
         lookahead: Tokens by which a candidate is continued greedily before the partial scorer sees it.
         budget: Limits for each prompt; when the next step has no room, the best so far is returned.
         length_penalty: Power of the length that log-probabilities are divided by.
