@@ -38,7 +38,7 @@ class DecodingEvaluation(pl.Callback):
         network: Dotted name of the transformers language model inside the module.
         name: A part of the keys, ``decoding/<name>/accuracy``, where several stand side by side.
         every_n_epochs: Measure at the end of every so many epochs.
-        every_n_steps: Measure after every so many optimizer steps.
+        every_n_steps: Measure after every so many optimizer steps, at the end of the batch that reaches them.
         samples: How many prompts' texts TensorBoard shows.
 
     Raises:
@@ -95,8 +95,8 @@ class DecodingEvaluation(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if self.every_n_steps and trainer.global_step % self.every_n_steps == 0:
-            self._measure_once(trainer, pl_module)
+        if self.every_n_steps and trainer.global_step // self.every_n_steps > self._measured_at // self.every_n_steps:
+            self._measure(trainer, pl_module)
 
     @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_peft.callbacks.looks import Looks, Sampler
+from lightning_peft.counts import check_counts
 from lightning_peft.distributed import gather_objects
 from lightning_peft.logging import log_values, register_chart
 from lightning_peft.metrics.frechet_distance import frechet_distance
@@ -50,6 +51,7 @@ class GenerationMetrics(Looks):
         k: Which neighbour gives a ball its radius.
         every_n_steps: Optimizer steps between looks; it looks after the last one too.
         seed: Of the draws.
+        name: A part of the keys, ``generation/<name>/fid``, where several stand side by side; they share their charts.
 
     Raises:
         ValueError: For numbers out of range, or held-out rows that are none or of another shape; before the first step, for a
@@ -71,18 +73,18 @@ class GenerationMetrics(Looks):
         k: int = 5,
         every_n_steps: int = 500,
         seed: int = 0,
+        name: str | None = None,
     ) -> None:
-        super().__init__(every_n_steps, seed)
-        if k < 1 or min(count, len(real)) <= k:
-            raise ValueError(
-                f"GenerationMetrics: k={k!r} must be at least 1 and below count={count!r} and {len(real)} rows."
-            )
+        super().__init__(every_n_steps, seed, name)
+        self.count, self.k = count, k
+        check_counts(self, "count", "k")
+        if min(count, len(real)) <= k:
+            raise ValueError(f"GenerationMetrics: k={k!r} must be below count={count!r} and {len(real)} rows.")
         if held_out is not None and (not len(held_out) or held_out.shape[1:] != real.shape[1:]):
             raise ValueError(
                 f"GenerationMetrics: held_out of {tuple(held_out.shape)} must hold rows of {tuple(real.shape[1:])}, as real does."
             )
         self.real, self.sample, self.features, self.held_out = real.cpu(), sample, features, held_out
-        self.count, self.k = count, k
         self.values: dict[str, float] = {}
         """What the last look measured."""
 
@@ -93,7 +95,7 @@ class GenerationMetrics(Looks):
             self._method(self.sample, "sample", pl_module)
             given = {"fid": self.features, "nearer": self.held_out}
             for chart, names in _CHARTS.items():
-                shown = [f"generation/{name}" for name in names if given.get(name, True) is not None]
+                shown = [self._key(name) for name in names if given.get(name, True) is not None]
                 if shown:
                     register_chart(trainer, "Generation", chart, shown)
 
@@ -107,7 +109,7 @@ class GenerationMetrics(Looks):
             )
         # One process says what was found: sums may differ in their last digit.
         self.values = gather_objects(self._measure(samples) if trainer.is_global_zero else {})[0]
-        log_values(trainer, {f"generation/{name}": value for name, value in self.values.items()})
+        log_values(trainer, {self._key(name): value for name, value in self.values.items()})
 
     @override
     def state_dict(self) -> dict[str, Any]:

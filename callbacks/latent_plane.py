@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Subset
 from typing_extensions import override
 
 from lightning_peft.callbacks.looks import Looks
+from lightning_peft.counts import check_counts
 from lightning_peft.data.mix_loader import Rows, carried_options, row_count
 from lightning_peft.files import write_atomic
 from lightning_peft.latent_plane import draw_latents
@@ -31,7 +32,7 @@ class LatentPlane(Looks):
 
     Args:
         rows: Rows ``(x, label)`` or ``x``, as a loader or (in batches of 256) a map-style dataset. Training rows show what the
-            decoder was made for, held-out rows whether others land there too.
+            decoder was made for, held-out rows whether others land there too; for both give each plane a ``name``.
         encode: ``encode(module, x)`` returns latents ``(rows, latents)``; unset, the module's ``encode(x)``. Of a distribution
             take the mean.
         decode: ``decode(module, latents)`` returns images; unset, the module's ``decode(latents)`` if there is one, else the
@@ -40,10 +41,11 @@ class LatentPlane(Looks):
         most: Rows that are drawn, the first ones.
         side: Decoded images along an edge.
         folder: Where each look is written as ``latents-STEP.png``; unset, nowhere.
+        name: A part of the keys, ``generation/<name>/latents``, and a folder within ``folder``, where several stand side by side.
 
     Raises:
-        ValueError: For a number below 1 or rows without a length; before the first step, for a module that cannot encode; at a
-            look, for latents that are no table.
+        ValueError: For a number that is no whole one of at least 1, or rows without a length; before the first step, for a module
+            that cannot encode; at a look, for latents that are no table.
 
     >>> LatentPlane([(torch.zeros(4), 0)]).most
     2000
@@ -59,13 +61,13 @@ class LatentPlane(Looks):
         most: int = 2000,
         side: int = 16,
         folder: str | Path | None = None,
+        name: str | None = None,
     ) -> None:
-        super().__init__(every_n_steps, seed=0)
-        if wrong := {name: value for name, value in (("most", most), ("side", side)) if value < 1}:
-            raise ValueError(f"LatentPlane: {wrong!r} must be at least 1 each.")
+        super().__init__(every_n_steps, 0, name)
+        self.most, self.side = most, side
+        check_counts(self, "most", "side")
         row_count(rows.dataset if isinstance(rows, DataLoader) else rows, "LatentPlane: rows")
         self.rows, self.encode, self.decode = rows, encode, decode
-        self.most, self.side = most, side
         self.folder = None if folder is None else Path(folder)
         self.latents: Tensor | None = None
         """What the last look found, ``(rows, latents)``."""
@@ -93,9 +95,9 @@ class LatentPlane(Looks):
             self.latents[drawn], torch.cat(labels)[drawn] if labels else None, self._decoder(pl_module), side=self.side,
             title=f"latents at step {trainer.global_step:,}",
         )  # fmt: skip
-        log_figure(trainer, "generation/latents", figure)
+        log_figure(trainer, self._key("latents"), figure)
         if self.folder is not None and trainer.is_global_zero:
-            path = self.folder / f"latents-{trainer.global_step:06}.png"
+            path = self._file(self.folder, "latents", trainer)
             write_atomic(path, lambda draft: figure.savefig(draft, dpi=100, format="png"))
 
     def _loader(self) -> DataLoader[Any]:

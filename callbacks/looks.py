@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -12,6 +13,8 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_peft.callbacks.measuring import averaged, forward_context
+from lightning_peft.counts import check_counts
+from lightning_peft.logging import check_key
 from lightning_peft.old_task import untouched
 from lightning_peft.one_lightning import refuse_pytorch_lightning
 
@@ -28,20 +31,31 @@ class Looks(pl.Callback):
     Args:
         every_n_steps: Optimizer steps between looks.
         seed: Of the random numbers of each look: pictures of successive steps show the same draws.
+        name: A part of the keys and of the folder, where several of a kind stand side by side.
 
     Raises:
-        ValueError: For an interval below 1.
+        ValueError: For an interval that is no whole number of at least 1.
     """
 
-    def __init__(self, every_n_steps: int, seed: int) -> None:
-        if isinstance(every_n_steps, bool) or not isinstance(every_n_steps, int) or every_n_steps < 1:
-            raise ValueError(f"{self._owner}: every_n_steps={every_n_steps!r} must be a whole number of at least 1.")
-        self.every_n_steps, self.seed = every_n_steps, seed
+    def __init__(self, every_n_steps: int, seed: int, name: str | None = None) -> None:
+        self.every_n_steps, self.seed, self.name = every_n_steps, seed, name
+        check_counts(self, "every_n_steps")
         self._looked_at = 0
+
+    @property
+    def state_key(self) -> str:
+        """Name of this callback's state in a checkpoint; callbacks of different names may stand side by side."""
+        return self._generate_state_key(name=self.name) if self.name else super().state_key
 
     @property
     def _owner(self) -> str:
         return type(self).__name__
+
+    def _key(self, value: str) -> str:
+        return check_key(f"generation/{self.name}/{value}" if self.name else f"generation/{value}")
+
+    def _file(self, folder: Path, stem: str, trainer: pl.Trainer) -> Path:
+        return folder / (self.name or "") / f"{stem}-{trainer.global_step:06}.png"
 
     @abstractmethod
     def _look(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

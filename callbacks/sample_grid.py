@@ -9,6 +9,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_peft.callbacks.looks import Looks, Sampler
+from lightning_peft.counts import check_counts
 from lightning_peft.image_grid import image_grid, save_image
 from lightning_peft.logging import log_image
 
@@ -26,9 +27,11 @@ class SampleGrid(Looks):
         every_n_steps: Optimizer steps between looks; it looks after the last one too.
         seed: Of the draws.
         folder: Where each look is written as ``samples-STEP.png``; unset, nowhere.
+        name: A part of the keys, ``generation/<name>/samples``, and a folder within ``folder``, where several stand side by side.
 
     Raises:
-        ValueError: For a count or an interval below 1; before the first step, for a module that cannot sample.
+        ValueError: For a count or an interval that is no whole number of at least 1; before the first step, for a module that
+            cannot sample.
 
     >>> SampleGrid(count=16).every_n_steps
     200
@@ -42,11 +45,11 @@ class SampleGrid(Looks):
         every_n_steps: int = 200,
         seed: int = 0,
         folder: str | Path | None = None,
+        name: str | None = None,
     ) -> None:
-        super().__init__(every_n_steps, seed)
-        if count < 1:
-            raise ValueError(f"SampleGrid: count={count!r} must be at least 1.")
+        super().__init__(every_n_steps, seed, name)
         self.sample, self.count = sample, count
+        check_counts(self, "count")
         self.folder = None if folder is None else Path(folder)
         self.samples: Tensor | None = None
         """What the last look drew."""
@@ -62,6 +65,6 @@ class SampleGrid(Looks):
         self.samples = self._samples(self.sample, pl_module, self.count)
         if trainer.is_global_zero:
             grid = image_grid(self.samples)
-            log_image(trainer, "generation/samples", grid)
+            log_image(trainer, self._key("samples"), grid)
             if self.folder is not None:
-                save_image(self.folder / f"samples-{trainer.global_step:06}.png", grid)
+                save_image(self._file(self.folder, "samples", trainer), grid)

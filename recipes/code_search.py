@@ -14,8 +14,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from lightning_peft.counts import check_counts
 from lightning_peft.data.packaged import language_model
-from lightning_peft.decoding.counts import check_counts
 from lightning_peft.decoding.scorers.sandbox import Isolation, chosen_isolation
 from lightning_peft.files import write_text
 from lightning_peft.recipes.code_search_arms import Arms, CodeRow, as_data

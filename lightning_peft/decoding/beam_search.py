@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from lightning_peft.budget import Budget, Usage
+from lightning_peft.counts import check_counts
 from lightning_peft.decoding.beams import Beam, EarlyStopping, Hypothesis
-from lightning_peft.decoding.counts import check_counts
 from lightning_peft.decoding.custom_generate import custom_generate
 from lightning_peft.decoding.draft import Draft, Scorer
 from lightning_peft.decoding.judge import Judge, refusal
@@ -43,7 +43,7 @@ class BeamSearch:
             gets narrower instead, and cheaper.
         partial: Judges texts that may go on.
         final: Judges texts that have ended; the best of them by it is returned.
-        weight: Of the partial scorer's value.
+        weight: Of the partial scorer's value; at 0 none counts, however great, but that of the dead.
         lookahead: Tokens by which a candidate is continued greedily before the partial scorer sees it.
         budget: Limits for each prompt; when the next step has no room, the best so far is returned.
         length_penalty: Power of the length that log-probabilities are divided by.

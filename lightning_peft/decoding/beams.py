@@ -54,7 +54,7 @@ class Beam:
         problem: Its number.
         width: Most hypotheses that go on, and number of finished ones that are compared.
         length_penalty: Power of the length that a log-probability is divided by.
-        weight: Of the partial scorer's value.
+        weight: Of the partial scorer's value; at 0 none counts, however great, but that of the dead.
         early_stopping: True ends a full beam at once, False when the best that goes on is no better at its present length than
             the worst finished one, ``"never"`` when it could not even be at the greatest length; ``"first"`` ends it with its
             first finished ones.
@@ -110,7 +110,8 @@ class Beam:
         return self._worth(best, length) <= worst
 
     def _worth(self, hypothesis: Hypothesis, length: int) -> float:
-        return self._normalised(hypothesis, length) + self.weight * hypothesis.value
+        # Zero times what is infinitely good is no number: without weight, no value counts.
+        return self._normalised(hypothesis, length) + (self.weight * hypothesis.value if self.weight else 0.0)
 
     def _normalised(self, hypothesis: Hypothesis, length: int) -> float:
         power: float = length**self.length_penalty

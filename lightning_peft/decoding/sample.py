@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_peft.budget import Budget, Usage
-from lightning_peft.decoding.counts import check_counts
+from lightning_peft.counts import check_counts
 from lightning_peft.decoding.judge import Judge
 from lightning_peft.decoding.result import Candidate, DecodeResult, result_of
 from lightning_peft.decoding.rows import Rows

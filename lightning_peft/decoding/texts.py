@@ -87,4 +87,5 @@ def end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
     config = getattr(model, "generation_config", None)
     ends = getattr(config, "eos_token_id", None)
     ends = tokenizer.eos_token_id if ends is None else ends
-    return frozenset() if ends is None else frozenset([ends] if isinstance(ends, int) else ends)
+    # A number, several, or a tensor of either: generate takes them all.
+    return frozenset() if ends is None else frozenset(torch.as_tensor(ends).flatten().tolist())

@@ -16,6 +16,8 @@ from torchmetrics import Metric
 from torchmetrics.utilities.data import dim_zero_cat
 from typing_extensions import override
 
+from lightning_peft.counts import check_counts
+
 _ROWS = 2048
 """Rows whose distances to a whole set, and pairs whose differences, are held in memory at once."""
 
@@ -136,7 +138,7 @@ class ManifoldMetric(Metric, ABC):
         options: Of ``torchmetrics.Metric``.
 
     Raises:
-        ValueError: For ``k`` below 1; by ``compute``, for a set that is empty or too small.
+        ValueError: For ``k`` that is no whole number of at least 1; by ``compute``, for a set that is empty or too small.
     """
 
     is_differentiable = False
@@ -146,9 +148,8 @@ class ManifoldMetric(Metric, ABC):
 
     def __init__(self, k: int = 5, **options: Any) -> None:
         super().__init__(**options)
-        if k < 1:
-            raise ValueError(f"{type(self).__name__}: k={k!r} must be at least 1.")
         self.k = k
+        check_counts(self, "k")
         self.add_state("real", default=[], dist_reduce_fx="cat")
         self.add_state("generated", default=[], dist_reduce_fx="cat")
 
@@ -165,9 +166,11 @@ class ManifoldMetric(Metric, ABC):
     def _sets(self, *names: str) -> list[Tensor]:
         found = []
         for name in names:
-            if not len(getattr(self, name)):
+            updates = getattr(self, name)
+            rows = dim_zero_cat(updates) if len(updates) else updates
+            if not len(rows):  # nor do updates of no rows hold any
                 raise ValueError(f"{type(self).__name__}: no {name} rows yet; update with both kinds before compute.")
-            found.append(dim_zero_cat(getattr(self, name)))
+            found.append(rows)
         return found
 
 

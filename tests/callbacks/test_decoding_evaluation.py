@@ -92,6 +92,42 @@ def test_it_measures_before_now_and_then_and_after(fit, options, steps):
     assert [row["step"] for row in seen.history] == steps
 
 
+class Twice(Writer):
+    """Two optimizers step in each batch, so that the number of steps jumps by two."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        for optimizer in self.optimizers():
+            optimizer.zero_grad()
+            self.manual_backward(super().training_step(batch, batch_idx))
+            optimizer.step()
+
+    def configure_optimizers(self):
+        halves = list(self.parameters())[::2], list(self.parameters())[1::2]
+        return [torch.optim.Adam(half, 1e-2) for half in halves]
+
+
+@pytest.mark.parametrize("stopped_at", [2, 4, 8])
+def test_no_interval_is_skipped_where_steps_jump_also_after_a_resume(fit, tmp_path, stopped_at):
+    class EachBatch(pl.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            trainer.save_checkpoint(tmp_path / f"{trainer.global_step}.ckpt")
+
+    def run(*more, ckpt_path=None):
+        pl.seed_everything(3, verbose=False)
+        seen = evaluation(Greedy(max_new_tokens=3), every_n_steps=3)
+        fit(Twice(), seen, ExactResume(), *more, epochs=2, ckpt_path=ckpt_path)
+        return seen
+
+    whole = run(EachBatch())
+    again = run(ckpt_path=tmp_path / f"{stopped_at}.ckpt")
+    assert [row["step"] for row in whole.history] == [0, 4, 6, 10, 12, 16]
+    assert again.history == whole.history
+
+
 def test_curves_and_texts_stand_in_tensorboard(fit, tmp_path):
     logger = TensorBoardLogger(tmp_path)
     fit(Writer(), evaluation(name="best", every_n_epochs=1, samples=2), logger=logger, epochs=2)

@@ -4,6 +4,9 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import TensorBoardLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar import layout_pb2
 from torch import nn
 
 from lightning_peft.callbacks import GenerationMetrics
@@ -56,6 +59,23 @@ def test_without_network_and_held_out_rows_neither_is_measured(fit):
     assert metrics.values.keys() == {"nearest", "precision", "recall", "density", "coverage"}
 
 
+def test_two_names_share_their_charts_and_no_value(fit, tmp_path):
+    logger = TensorBoardLogger(tmp_path, name="", version="run", default_hp_metric=False)
+    both = [GenerationMetrics(real(), count=20, k=2, seed=seed, name=f"seed_{seed}") for seed in range(2)]
+    trainer = fit(Sketch(), *both, epochs=1, logger=logger)
+    for metrics in both:
+        logged = {
+            key.rpartition("/")[2]: float(trainer.callback_metrics[key])
+            for key in trainer.callback_metrics
+            if metrics.name in key
+        }
+        assert logged == pytest.approx(metrics.values)
+    layout = EventAccumulator(str(tmp_path / "run")).Reload().Tensors("custom_scalars__config__")
+    page = layout_pb2.Layout.FromString(layout[0].tensor_proto.string_val[0])
+    (nearest,) = [chart for chart in page.category[0].chart if chart.title == "nearest neighbour"]
+    assert list(nearest.multiline.tag) == ["generation/seed_0/nearest", "generation/seed_1/nearest"]
+
+
 def test_the_network_is_in_no_checkpoint(fit, tmp_path):
     metrics = GenerationMetrics(real(), features=network(), count=20, k=2)
     fit(Sketch(), metrics, ModelCheckpoint(tmp_path, "end", save_weights_only=False))
@@ -64,9 +84,16 @@ def test_the_network_is_in_no_checkpoint(fit, tmp_path):
     assert checkpoint["callbacks"]["GenerationMetrics"].keys() == {"looked_at", "values"}
 
 
-@pytest.mark.parametrize("options", [{"k": 0}, {"k": 30}, {"count": 4, "k": 4}])
+@pytest.mark.parametrize("name", ["count", "k"])
+@pytest.mark.parametrize("value", [0, 2.5, True])
+def test_what_is_no_whole_number_is_refused(name, value):
+    with pytest.raises(ValueError, match=f"GenerationMetrics: {name}={value} must be a whole number of at least 1"):
+        GenerationMetrics(real(), **{name: value})
+
+
+@pytest.mark.parametrize("options", [{"k": 30}, {"count": 4, "k": 4}])
 def test_numbers_that_make_no_balls_are_refused(options):
-    with pytest.raises(ValueError, match="GenerationMetrics: k=.* must be at least 1 and below count="):
+    with pytest.raises(ValueError, match="GenerationMetrics: k=.* must be below count="):
         GenerationMetrics(real(), **options)
 
 

@@ -29,6 +29,17 @@ def test_each_look_stands_in_tensorboard_and_in_the_folder(fit, tmp_path):
     assert sorted(file.name for file in (tmp_path / "seen").iterdir()) == ["latents-000002.png", "latents-000004.png"]
 
 
+def test_training_and_held_out_rows_stand_side_by_side(fit, tmp_path):
+    logger = TensorBoardLogger(tmp_path, name="", version="run", default_hp_metric=False)
+    given = {"train": rows(20), "held_out": rows(9)}
+    planes = [LatentPlane(one, side=2, folder=tmp_path / "seen", name=name) for name, one in given.items()]
+    fit(Sketch(), *planes, epochs=1, logger=logger)
+    events = EventAccumulator(str(tmp_path / "run")).Reload()
+    assert events.Tags()["images"] == ["generation/train/latents", "generation/held_out/latents"]
+    assert all((tmp_path / "seen" / name / "latents-000004.png").exists() for name in given)
+    assert [len(plane.latents) for plane in planes] == [20, 9]
+
+
 def test_rows_without_labels_and_a_module_without_a_decoder_have_their_picture_too(fit):
     class Encoder(Sketch):
         decode = None
@@ -55,6 +66,7 @@ def test_a_model_that_diverges_ends_no_training_by_being_looked_at(fit, tmp_path
 
 
 @pytest.mark.parametrize("name", ["most", "side"])
-def test_nothing_to_draw_is_refused(name):
-    with pytest.raises(ValueError, match=f"LatentPlane: {{'{name}': 0}} must be at least 1 each"):
-        LatentPlane(rows(3), **{name: 0})
+@pytest.mark.parametrize("value", [0, 2.5, True])
+def test_what_is_no_number_to_draw_is_refused(name, value):
+    with pytest.raises(ValueError, match=f"LatentPlane: {name}={value} must be a whole number of at least 1"):
+        LatentPlane(rows(3), **{name: value})

@@ -152,6 +152,23 @@ def test_a_copy_has_what_was_seen(make, twin, fit):
 
 
 @each
+def test_several_of_a_kind_stand_side_by_side_under_names_and_keep_a_state_each(make, fit, tmp_path):
+    def named(name):
+        callback = make()
+        callback.name = name
+        return callback
+
+    fit(Sketch(), *map(named, (None, "one", "two")), ModelCheckpoint(tmp_path, "end"), max_steps=2)
+    states = torch.load(tmp_path / "end.ckpt", weights_only=True)["callbacks"]
+    kind = type(make()).__name__
+    assert [key for key in states if key.startswith(kind)] == [
+        kind,
+        f"{kind}{{'name': 'one'}}",
+        f"{kind}{{'name': 'two'}}",
+    ]
+
+
+@each
 @pytest.mark.parametrize("every", [0, -1, True, 2.5])
 def test_an_interval_that_is_none_is_refused(make, every):
     with pytest.raises(ValueError, match=rf"every_n_steps={every} must be a whole number of at least 1"):

@@ -30,12 +30,23 @@ def test_each_look_stands_in_tensorboard_and_in_the_folder(fit, tmp_path):
         assert image.size == (67, 67)  # two images of 2 x 2, each enlarged to 32, and lines
 
 
+def test_grids_of_different_names_share_no_key_and_no_file(fit, tmp_path):
+    logger = TensorBoardLogger(tmp_path, name="", version="run", default_hp_metric=False)
+    grids = [SampleGrid(count=4, seed=seed, folder=tmp_path / "seen", name=f"seed_{seed}") for seed in range(2)]
+    fit(Sketch(), *grids, epochs=1, logger=logger)
+    events = EventAccumulator(str(tmp_path / "run")).Reload()
+    assert events.Tags()["images"] == ["generation/seed_0/samples", "generation/seed_1/samples"]
+    first, second = ((tmp_path / "seen" / f"seed_{seed}" / "samples-000004.png").read_bytes() for seed in range(2))
+    assert first != second
+
+
 def test_any_function_may_draw(fit):
     grid = SampleGrid(lambda module, count: torch.full((count, 3, 2, 2), 0.25), count=2)
     fit(Sketch(), grid)
     assert torch.equal(grid.samples, torch.full((2, 3, 2, 2), 0.25))
 
 
-def test_no_image_is_refused():
-    with pytest.raises(ValueError, match="SampleGrid: count=0 must be at least 1"):
-        SampleGrid(count=0)
+@pytest.mark.parametrize("count", [0, 2.5, True])
+def test_what_is_no_number_of_images_is_refused(count):
+    with pytest.raises(ValueError, match=f"SampleGrid: count={count} must be a whole number of at least 1"):
+        SampleGrid(count=count)

@@ -174,6 +174,23 @@ def test_a_value_is_taken_anew_at_each_step_and_never_summed():
     )
 
 
+@pytest.mark.parametrize("early", [True, False, "never"])
+def test_without_weight_no_value_counts_not_even_an_infinite_one(early):
+    def search(value):
+        return BeamSearch(
+            num_beams=3,
+            partial=lambda texts: torch.tensor([-math.inf if "e" in text.completion else value for text in texts]),
+            weight=0,
+            early_stopping=early,
+            max_new_tokens=8,
+        ).decode(model(scale=4.0, ends=MANY_ENDS), tokenizer(), PROMPTS)
+
+    found, wanted = (
+        [[(one.ids, one.score) for one in pool] for pool in search(value).pool] for value in (math.inf, 0.0)
+    )
+    assert found == wanted
+
+
 @pytest.mark.parametrize("weight", [0.5, 2.0])
 def test_a_rank_is_the_formula(weight):
     search = BeamSearch(

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -26,6 +27,20 @@ def test_greedy_is_generate_without_sampling(kind):
             assert one.finished == (one.ids[-1] in net.generation_config.eos_token_id)
             ended += one.finished
     assert ended
+
+
+@pytest.mark.parametrize(
+    "kind", [int, np.int64, torch.tensor, lambda end: [np.int64(end)], lambda end: torch.tensor([2, end])]
+)
+def test_the_end_may_be_given_in_any_form_that_generate_takes(kind):
+    net, inputs = model("llama", scale=4.0, ends=[]), padded()
+    end = Greedy(max_new_tokens=6).decode(net, tokenizer(), PROMPTS).best[0].ids[3]
+    net.generation_config.eos_token_id = kind(end)
+    rows = net.generate(**inputs, max_new_tokens=6, do_sample=False)[:, inputs["input_ids"].shape[1] :].tolist()
+    found = Greedy(max_new_tokens=6).decode(net, tokenizer(), PROMPTS).best
+    assert [row[: len(one.ids)] for row, one in zip(rows, found, strict=True)] == [list(one.ids) for one in found]
+    assert [one.finished for one in found] == [end in row for row in rows]
+    assert found[0].finished
 
 
 def test_drawn_texts_are_those_of_the_seed_whatever_the_batch_and_the_generators():

@@ -172,9 +172,30 @@ def test_a_metric_survives_pickle_forgets_on_reset_and_has_no_parameters(kind):
         metric.compute()
 
 
+@pytest.mark.parametrize("kind", [NearestNeighbourDistance, PrecisionRecall, DensityCoverage])
+@pytest.mark.parametrize("name", ["real", "generated"])
+def test_updates_of_no_rows_are_as_no_update(kind, name):
+    metric = kind()
+    metric.update(torch.rand(9, 2), real=name == "generated")
+    for _ in range(2):
+        metric.update(torch.rand(0, 2), real=name == "real")
+    with pytest.raises(ValueError, match=f"{kind.__name__}: no {name} rows yet"):
+        metric.compute()
+
+
+def test_held_out_rows_that_are_none_are_named():
+    metric = Memorisation()
+    metric.update(torch.rand(9, 2), real=True)
+    metric.update(torch.rand(9, 2), real=False)
+    metric.update(torch.rand(0, 2), real=True, held_out=True)
+    with pytest.raises(ValueError, match="Memorisation: no held_out rows yet"):
+        metric.compute()
+
+
 def test_what_cannot_be_is_refused():
-    with pytest.raises(ValueError, match="PrecisionRecall: k=0 must be at least 1"):
-        PrecisionRecall(0)
+    for k in (0, 2.5, True):
+        with pytest.raises(ValueError, match=f"PrecisionRecall: k={k} must be a whole number of at least 1"):
+            PrecisionRecall(k)
     with pytest.raises(ValueError, match="k=5 needs more than 5 rows; there are 5"):
         neighbour_radii(torch.rand(5, 2), 5)
     with pytest.raises(ValueError, match="rows of 1 values cannot be compared with rows of 2"):
