@@ -124,19 +124,26 @@ def refuse_unsupported(trainer: pl.Trainer, owner: str) -> None:
         )
 
 
-def refuse_sharded(trainer: pl.Trainer, owner: str) -> None:
-    """Stop a run in which each process runs as many forwards as its own rows need.
+EVERY_FORWARD = "every forward needs all processes, and a prompt takes as many as the rows of a process need"
+"""Why sharded weights do not go with processes that run different numbers of forwards: they would wait for each other for ever."""
+
+
+def refuse_sharded(trainer: pl.Trainer, owner: str, why: str = EVERY_FORWARD) -> None:
+    """Stop a run whose strategy gathers weights in every forward.
+
+    Args:
+        trainer: The trainer.
+        owner: Who refuses.
+        why: What would go wrong, for the message.
 
     Raises:
-        ValueError: For FSDP, DeepSpeed and whatever else gathers weights in every forward: the processes would wait for each
-            other for ever.
+        ValueError: For FSDP, DeepSpeed and whatever else is neither a single device nor DDP.
     """
     if isinstance(trainer.strategy, DeepSpeedStrategy) or not isinstance(
         trainer.strategy, SingleDeviceStrategy | DDPStrategy
     ):
         raise ValueError(
-            f"{owner}: under {type(trainer.strategy).__name__} every forward needs all processes, and a prompt takes as many as "
-            "the rows of a process need. Use a single device or strategy='ddp'."
+            f"{owner}: under {type(trainer.strategy).__name__} {why}. Use a single device or strategy='ddp'."
         )
 
 

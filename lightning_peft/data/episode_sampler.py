@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import DistributedSampler
 from typing_extensions import override
 
+from lightning_peft.counts import check_counts
 from lightning_peft.distributed import rank, world_size
 
 
@@ -117,10 +118,8 @@ class EpisodeSampler(TaskSampler):
         fixed: bool = False,
     ) -> None:
         super().__init__(episodes, seed=seed, fixed=fixed)
-        for name, value in (("n_way", n_way), ("k_shot", k_shot), ("n_query", n_query)):
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"EpisodeSampler: {name}={value!r} must be a whole number of at least 1.")
         self.n_way, self.k_shot, self.n_query = n_way, k_shot, n_query
+        check_counts(self, "n_way", "k_shot", "n_query")
         rows: dict[Hashable, list[int]] = defaultdict(list)
         for row, label in enumerate(labels):
             # A tensor is equal to no other as a key.

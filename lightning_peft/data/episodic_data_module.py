@@ -9,6 +9,7 @@ import lightning.pytorch as pl
 from torch.utils.data import default_collate
 from typing_extensions import override
 
+from lightning_peft.counts import check_counts
 from lightning_peft.data.episode_loader import EpisodeCollate, EpisodeDataset, EpisodeLoader
 from lightning_peft.data.episode_sampler import EpisodeSampler
 from lightning_peft.distributed import world_size
@@ -67,9 +68,7 @@ class EpisodicDataModule(pl.LightningDataModule):
         self.sizes = {"n_way": n_way, "k_shot": k_shot, "n_query": n_query}
         self.meta_batch, self.episodes, self.eval_episodes, self.seed = meta_batch, episodes, eval_episodes, seed
         self.collate, self.num_workers = EpisodeCollate(label, collate), num_workers
-        for name, value in (("meta_batch", meta_batch), ("episodes", episodes), ("eval_episodes", eval_episodes)):
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"EpisodicDataModule: {name}={value!r} must be a whole number of at least 1.")
+        check_counts(self, "meta_batch", "episodes", "eval_episodes")
         if episodes % meta_batch:
             raise ValueError(
                 f"EpisodicDataModule: episodes={episodes} is no multiple of meta_batch={meta_batch}: the last step of an epoch "

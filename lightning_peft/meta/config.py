@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from lightning_peft.counts import check_counts
+
 LearnedRates = Literal["global", "layer", "layer_step", "parameter"]
 NormStatistics = Literal["batch", "frozen", "per_step"]
 
@@ -60,13 +62,13 @@ class MetaConfig:
     def __post_init__(self) -> None:
         """Refuse what does not fit."""
         self._choices()
-        self._whole("adaptation_steps", least=1)
-        self._whole("multi_step_loss_epochs", least=0)
-        for name in ("eval_adaptation_steps", "task_chunk"):
-            if getattr(self, name) is not None:
-                self._whole(name, least=1)
+        check_counts(self, "adaptation_steps")
+        check_counts(self, "multi_step_loss_epochs", least=0)
+        check_counts(
+            self, *(name for name in ("eval_adaptation_steps", "task_chunk") if getattr(self, name) is not None)
+        )
         if not isinstance(self.second_order, bool):
-            self._whole("second_order", least=0)
+            check_counts(self, "second_order", least=0)
         number = isinstance(self.inner_lr, int | float) and not isinstance(self.inner_lr, bool)
         if not number or not 0 <= self.inner_lr < float("inf"):
             raise ValueError(f"MetaConfig: inner_lr={self.inner_lr!r} must be a number of at least 0.")
@@ -84,11 +86,6 @@ class MetaConfig:
             raise ValueError(
                 "MetaConfig: norm_stats='per_step' needs memory='graph': a step computed twice would count twice."
             )
-
-    def _whole(self, name: str, *, least: int) -> None:
-        value = getattr(self, name)
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise ValueError(f"MetaConfig: {name}={value!r} must be a whole number of at least {least}.")
 
     def _choices(self) -> None:
         choices: dict[str, tuple[Any, ...]] = {

@@ -18,7 +18,7 @@ from typing_extensions import override
 
 from lightning_peft.counts import check_counts
 
-_ROWS = 2048
+_ROWS = 512
 """Rows whose distances to a whole set, and pairs whose differences, are held in memory at once."""
 
 

@@ -54,8 +54,8 @@ class MAMLMixin(pl.LightningModule):
         **kwargs: Handed on to the module.
 
     Raises:
-        ValueError: When a fit begins, for manual optimization, fp16 with gradients that no scaler reaches, or learned rates that
-            no optimizer holds.
+        ValueError: When a fit begins, for manual optimization, strategies that shard weights, fp16 with gradients that no scaler
+            reaches, or learned rates that no optimizer holds.
         RuntimeError: For operations that cannot be vectorised, or differentiated twice, with their names.
     """
 

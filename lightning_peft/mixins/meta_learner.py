@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
 from torch import Tensor
 
+from lightning_peft.distributed import refuse_sharded
 from lightning_peft.meta.adaptation_curve import AdaptationCurve
 from lightning_peft.meta.bookkeeping import metrics_kept, silenced
 from lightning_peft.meta.compiled import CompiledRecursion
@@ -69,13 +69,7 @@ class MetaLearner:
             ValueError: For manual optimization, strategies that shard weights, and fp16 where gradients are taken outside of its
                 scaler.
         """
-        if isinstance(trainer.strategy, DeepSpeedStrategy) or not isinstance(
-            trainer.strategy, SingleDeviceStrategy | DDPStrategy
-        ):
-            raise ValueError(
-                f"{self.name}: {type(trainer.strategy).__name__} gathers a module's own weights in each forward, in the place of "
-                "those that tasks adapt. Use a single device or strategy='ddp'."
-            )
+        refuse_sharded(trainer, self.name, "a module's own weights are gathered where those stand that tasks adapt")
         if not self.module.automatic_optimization:
             raise ValueError(f"{self.name}: meta-learning needs automatic_optimization=True: it returns the meta-loss.")
         config = self.module.meta
@@ -284,10 +278,10 @@ class MetaLearner:
         return float(self.module.meta.inner_lr) if rates is None else rates.at(t, names)
 
     def _generators(self, state: RandomState | None) -> RandomState:
-        here = random_state(self.module.device)
         if state is None:
-            return here
-        self._ahead = self._ahead or here  # the next task goes on from here: else it would draw what this one drew
+            return random_state(self.module.device)
+        if self._ahead is None:  # the next task goes on from here: else it would draw what this one drew
+            self._ahead = random_state(self.module.device)
         set_random_state(state, self.module.device)
         return state
 

@@ -52,7 +52,7 @@ class ReptileMixin(MAMLMixin):
                 f"{type(self).__name__}: learn_inner_lr={self.meta.learn_inner_lr!r}: Reptile has no gradient for rates. "
                 "Leave it unset, or use FOMAMLMixin."
             )
-        idle = {"memory": "graph", "multi_step_loss_epochs": 0, "compile": False}
+        idle = {"memory": "graph", "multi_step_loss_epochs": 0}
         if stage == "fit" and (wrong := [name for name, usual in idle.items() if getattr(self.meta, name) != usual]):
             raise ValueError(
                 f"{type(self).__name__}: Reptile has no use for {wrong[0]}={getattr(self.meta, wrong[0])!r}: it takes no gradient "
