@@ -10,7 +10,7 @@ import lightning.pytorch as pl
 from torch import Tensor
 from torchmetrics import Metric
 
-from lightning_peft.meta.places import tree
+from lightning_peft.meta.places import Parts
 
 
 @contextmanager
@@ -28,9 +28,9 @@ def silenced(module: pl.LightningModule) -> Iterator[None]:
 
 
 @contextmanager
-def metrics_kept(module: pl.LightningModule) -> Iterator[None]:
-    """Take back what the module's metrics count inside; nothing that vmap wrapped stays in them."""
-    kept = [(vars(one), _state(one)) for _, one in tree(module) if isinstance(one, Metric)]
+def metrics_kept(parts: Parts) -> Iterator[None]:
+    """Take back what the metrics of a module's parts count inside; nothing that vmap wrapped stays in them."""
+    kept = [(vars(one), _state(one)) for _, one in parts if isinstance(one, Metric)]
     try:
         yield
     finally:

@@ -33,6 +33,8 @@ class CompiledRecursion:
                 f"{torch.__version__}. Use compile=False."
             )
         self._owner = owner
+        # Its derivatives are all inside: torch traces autograd.grad only if asked to.
+        self._tracing = torch._dynamo.config.patch(trace_autograd_ops=True)
         self._compiled: Callable[..., Any] = torch.compile(recomputed, fullgraph=True, dynamic=False, backend=backend)
 
     def __call__(self, loop: InnerLoop, calls: TaskCalls, inner: Params, others: Sequence[Tensor]) -> Any:
@@ -44,9 +46,8 @@ class CompiledRecursion:
                     "compile=False, or leave it out by adapt=."
                 )
         before = torch.get_rng_state()
-        # Its derivatives are all inside: torch traces autograd.grad only if asked to.
-        with torch._dynamo.config.patch(trace_autograd_ops=True):
-            found = self._compiled(replace(loop, generators=None), calls, inner, others)
+        with self._tracing:
+            found = self._compiled(replace(loop, generators=None), calls, inner, others, keep_last=True)
         if loop.generators is not None and not torch.equal(before, torch.get_rng_state()):
             raise RuntimeError(
                 f"{self._owner}: MetaConfig(compile=True) and losses that draw random numbers, as of dropout: a step is computed "

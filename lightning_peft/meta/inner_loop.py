@@ -8,7 +8,7 @@ of which depends on its own weights alone.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -44,12 +44,14 @@ class InnerLoop:
     second_order: bool = True
     generators: Callable[[RandomState | None], RandomState] | None = None
 
-    def step(self, parameters: Params, t: int) -> tuple[Params, Tensor]:
-        """Take step ``t``; return the new weights and the losses of the old ones."""
+    def step(self, parameters: Params, t: int, *, plain: bool = False) -> tuple[Params, Tensor]:
+        """Take step ``t``, a plain one without a graph of its gradients; return the new weights and the losses of the old ones."""
         losses = self.support(parameters, t)
         values = list(parameters.values())
         every = torch.ones_like(losses)
-        grads = torch.autograd.grad(losses, values, every, create_graph=self.second_order, allow_unused=True)
+        grads = torch.autograd.grad(
+            losses, values, every, create_graph=self.second_order and not plain, allow_unused=True
+        )
         return dict(zip(parameters, moved(values, grads, self.rate(t)), strict=True)), losses
 
 
@@ -92,7 +94,7 @@ def meta_loss(loop: InnerLoop, parameters: Params) -> Outcome:
 
 
 def recomputed(
-    loop: InnerLoop, calls: TaskCalls, parameters: Params, others: Sequence[Tensor]
+    loop: InnerLoop, calls: TaskCalls, parameters: Params, others: Sequence[Tensor], *, keep_last: bool = False
 ) -> tuple[Outcome, list[Tensor | None], list[Tensor | None]]:
     """Return what :func:`meta_loss` comes to, and its gradients, with the graph of one inner step at a time.
 
@@ -105,17 +107,18 @@ def recomputed(
         calls: The tasks that it runs over.
         parameters: What all of them start from.
         others: What else the losses depend on, learned rates among them.
+        keep_last: Whether the graph of the last step stays beside that of the query loss: a step less to take twice.
 
     Returns:
         The outcome, the gradient of the summed total by every parameter, and by all others (None: it depends on none).
     """
     path, support, states = [leaves(calls.start(parameters))], [], []
-    forward = replace(loop, second_order=False)
     for t in range(loop.steps):
         states.append(loop.generators(None) if loop.generators else None)
-        following, losses = forward.step(path[-1], t)
+        following, losses = loop.step(path[-1], t, plain=not keep_last or t < loop.steps - 1)
         path.append(leaves(following))
         support.append(losses.detach())
+    kept = list(following.values()) if keep_last else None
     del following, losses  # they would outlive what is popped below
     queries: list[tuple[float, Tensor]] = []
     v: list[Tensor | None] = [None] * len(parameters)
@@ -128,10 +131,12 @@ def recomputed(
             _through([query.sum() * loop.weights[t]], reached, others, None, (v, rest))
             del query
         del reached
-        if states[t] is not None and loop.generators:
-            loop.generators(states[t])
         before, v = v, [None] * len(v)
-        moved_to = loop.step(path[t], t)[0].values()
+        if kept is None:
+            if states[t] is not None and loop.generators:
+                loop.generators(states[t])
+            kept = list(loop.step(path[t], t)[0].values())
+        moved_to, kept = kept, None
         reached_by = [(value, weight) for value, weight in zip(moved_to, before, strict=True) if weight is not None]
         if reached_by:
             outputs, weights = zip(*reached_by, strict=True)

@@ -12,24 +12,24 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from lightning_peft.distributed import world_size
-from lightning_peft.meta.places import tree
+from lightning_peft.meta.places import Parts, tree
 
 RUNNING = ("running_mean", "running_var", "num_batches_tracked")
 
 
-def running_layers(module: nn.Module) -> dict[str, _NormBase]:
+def running_layers(parts: Parts) -> dict[str, _NormBase]:
     """Return the layers that keep running statistics, by name."""
     found: dict[str, _NormBase] = {}
-    for name, child in tree(module):
+    for name, child in parts:
         if isinstance(child, _NormBase) and child.running_mean is not None and child not in found.values():
             found[name] = child
     return found
 
 
 @contextmanager
-def batch_statistics(module: nn.Module) -> Iterator[None]:
+def batch_statistics(parts: Parts) -> Iterator[None]:
     """Normalise by the statistics of each batch, also in eval mode; running ones are neither read nor moved."""
-    layers = list(running_layers(module).values())
+    layers = list(running_layers(parts).values())
     kept = [({name: layer._buffers[name] for name in RUNNING}, layer.track_running_stats) for layer in layers]
     for layer in layers:
         layer._buffers.update(dict.fromkeys(RUNNING))
@@ -43,9 +43,9 @@ def batch_statistics(module: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def frozen_statistics(module: nn.Module) -> Iterator[None]:
+def frozen_statistics(parts: Parts) -> Iterator[None]:
     """Normalise by running statistics, also in training mode, and leave them as they are."""
-    layers = list(running_layers(module).values())
+    layers = list(running_layers(parts).values())
     kept = [layer.training for layer in layers]
     for layer in layers:
         layer.training = False
@@ -69,7 +69,7 @@ class StepStatistics(nn.Module):
 
     def __init__(self, module: nn.Module, steps: int) -> None:
         super().__init__()
-        found = running_layers(module)
+        found = running_layers(tree(module))
         self.layers = list(found)
         for i, layer in enumerate(found.values()):
             for kind in ("running_mean", "running_var"):
@@ -121,7 +121,7 @@ class StepStatistics(nn.Module):
                 own: Tensor = getattr(self, f"{kind}_{i}")
                 layer._buffers[kind] = own[min(step, len(own) - 1)]
         try:
-            with frozen_statistics(module):
+            with frozen_statistics(tree(module)):
                 yield
         finally:
             for layer, buffers in zip(layers, kept, strict=True):

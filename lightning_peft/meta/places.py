@@ -13,14 +13,18 @@ from torch import Tensor, nn
 from lightning_peft.matching import nearest
 from lightning_peft.meta.stacking import STACKED
 
+Parts = list[tuple[str, nn.Module]]
+"""A module and all below it, with their dotted names; one that has several has several places."""
 
-def tree(module: nn.Module) -> list[tuple[str, nn.Module]]:
+
+def tree(module: nn.Module) -> Parts:
     """Return what ``module.named_modules(remove_duplicate=False)`` yields, sooner: a meta-step of a small network is short.
 
     >>> [name for name, _ in tree(nn.Sequential(nn.Sequential(nn.ReLU()), nn.ReLU()))]
     ['', '0', '0.0', '1']
     """
-    found, waiting = [], [("", module)]
+    found: Parts = []
+    waiting = [("", module)]
     while waiting:
         path, one = place = waiting.pop()
         found.append(place)
@@ -39,6 +43,7 @@ class Places:
     Attributes:
         parameters: The parameters, by name.
         owners: The modules that hold them.
+        parts: The module and all below it.
 
     Raises:
         ValueError: For a name that is no parameter's.
@@ -52,10 +57,10 @@ class Places:
     """
 
     def __init__(self, module: nn.Module, names: Collection[str]) -> None:
-        owners = tree(module)
+        self.parts = tree(module)
         named: dict[str, Tensor] = {}
         tables: dict[int, list[tuple[dict[str, Any], str]]] = {}
-        for path, owner in owners:
+        for path, owner in self.parts:
             for key, parameter in owner._parameters.items():
                 if parameter is not None:
                     named[f"{path}.{key}" if path else key] = parameter
@@ -67,7 +72,7 @@ class Places:
         self.parameters = {name: named[name] for name in names}
         self._tables = [tables[id(parameter)] for parameter in self.parameters.values()]
         touched = {id(table) for found in self._tables for table, _ in found}
-        once = {id(owner): owner for _, owner in owners}.values()
+        once = {id(owner): owner for _, owner in self.parts}.values()
         self.owners = [owner for owner in once if id(owner._parameters) in touched]
         # Of exactly these classes, whose forward is known; not where something else has taken its place already.
         known = [*self.owners, *(owner for owner in once if not owner._parameters)]
@@ -76,6 +81,11 @@ class Places:
             for owner in known
             if type(owner) in STACKED and "forward" not in vars(owner)
         ]
+
+    def trainable(self) -> list[Tensor]:
+        """Return all parameters of the module that require a gradient, each once."""
+        every = (parameter for _, part in self.parts for parameter in part._parameters.values())
+        return list({id(p): p for p in every if p is not None and p.requires_grad}.values())
 
     @contextmanager
     def holding(self, values: Sequence[Tensor], *, stacked: bool = False) -> Iterator[None]:

@@ -142,7 +142,7 @@ class MAMLMixin(pl.LightningModule):
     def with_fast_weights(self, fast: FastWeights) -> Iterator[None]:
         """Let the module's own ``forward`` see adapted weights inside the block."""
         places = Places(self, fast.parameters)
-        with self.learner.normalising(fast.steps), places.holding(list(fast.parameters.values())):
+        with self.learner.normalising(fast.steps, places.parts), places.holding(list(fast.parameters.values())):
             yield
 
     # --- Lightning ------------------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from lightning_peft.meta.episode import Episode
 from lightning_peft.meta.inner_loop import InnerLoop, Outcome, added, leaves, meta_loss, recomputed
 from lightning_peft.meta.inner_rates import Rate
 from lightning_peft.meta.norm_statistics import batch_statistics, frozen_statistics
-from lightning_peft.meta.places import Places
+from lightning_peft.meta.places import Parts, Places, tree
 from lightning_peft.meta.surrogate import surrogate_loss
 from lightning_peft.meta.task_losses import Params, TaskCalls
 from lightning_peft.meta.twice_differentiable import (
@@ -105,13 +105,13 @@ class MetaLearner:
         weights = config.step_weights(epoch)
         places = self._places()
         inner = places.parameters
-        with self._conditions(second_order=second_order):
+        with self._conditions(places, second_order=second_order):
             chunks = list(self._chunks(episode, places))
             if len(chunks) == 1 and config.memory == "graph":
                 loop = self._loop(chunks[0], weights, second_order)
                 outcome = self._told(meta_loss, loop, chunks[0].start(inner))
                 return outcome.total.mean(), outcome
-            outer = [p for p in self.module.parameters() if p.requires_grad]
+            outer = places.trainable()
             total: list[Tensor | None] = [None] * len(outer)
             outcomes = []
             for calls in chunks:
@@ -126,7 +126,7 @@ class MetaLearner:
         places, outcomes = self._places(), []
         inner = places.parameters
         moved = {name: torch.zeros_like(value) for name, value in inner.items()}
-        with self._conditions(second_order=False):
+        with self._conditions(places, second_order=False):
             for calls in self._chunks(episode, places):
                 loop = self._loop(calls, [1.0], second_order=False)
                 start = parameters = leaves(calls.start(inner))
@@ -175,7 +175,7 @@ class MetaLearner:
         """Return the weights of one task after so many first-order steps."""
         places = self._places()
         calls = TaskCalls(support_of, None, places)
-        with self._evaluating(), self._conditions(second_order=False):
+        with self._evaluating(), self._conditions(places, second_order=False):
             parameters = leaves(places.parameters)
             loop = self._loop(calls, [1.0], second_order=False)
             for adapted, _ in self._steps(loop, parameters, steps):
@@ -189,7 +189,7 @@ class MetaLearner:
         found, places = AdaptationCurve(), self._places()
         for calls in self._chunks(episode, places):
             measured = []
-            with self._evaluating(), self._conditions(second_order=False):
+            with self._evaluating(), self._conditions(places, second_order=False):
                 parameters = leaves(calls.start(places.parameters))
                 loop = self._loop(calls, [1.0], second_order=False)
                 measured.append(self._told(self._measured, calls, parameters, 0))
@@ -291,29 +291,29 @@ class MetaLearner:
         return self.module.step_statistics is not None and not self.module.training
 
     def _at(self, t: int) -> AbstractContextManager[None]:
-        return self.normalising(t) if self._by_step else nullcontext()  # else it holds for all steps already
+        return (
+            self.normalising(t, tree(self.module)) if self._by_step else nullcontext()
+        )  # else it holds for all steps already
 
-    def normalising(self, t: int) -> AbstractContextManager[None]:
+    def normalising(self, t: int, parts: Parts) -> AbstractContextManager[None]:
         """Let normalisation layers use what ``norm_stats`` says for the weights after ``t`` steps."""
         kind = self.module.meta.norm_stats
         if kind == "frozen":
-            return frozen_statistics(self.module)
+            return frozen_statistics(parts)
         statistics = self.module.step_statistics
-        return (
-            batch_statistics(self.module) if statistics is None or not self._by_step else statistics.at(self.module, t)
-        )
+        return batch_statistics(parts) if statistics is None or not self._by_step else statistics.at(self.module, t)
 
     @contextmanager
-    def _conditions(self, *, second_order: bool) -> Iterator[None]:
+    def _conditions(self, places: Places, *, second_order: bool) -> Iterator[None]:
         """Silence the module's logs and metrics, which would see tasks and not batches, and choose kernels."""
         with ExitStack() as stack:
             # Stacked tasks too: vmap has no rule for the fused kernels, and would run them task by task.
             stack.enter_context(math_attention(second_order or self.module.meta.task_batching == "stacked"))
             stack.enter_context(no_checkpointing(self.name))
             if not self._by_step:
-                stack.enter_context(self.normalising(0))
+                stack.enter_context(self.normalising(0, places.parts))
             stack.enter_context(silenced(self.module))
-            stack.enter_context(metrics_kept(self.module))
+            stack.enter_context(metrics_kept(places.parts))
             yield
 
     @staticmethod
