@@ -39,6 +39,7 @@ class DecodingEvaluation(pl.Callback):
         name: A part of the keys, ``decoding/<name>/accuracy``, where several stand side by side.
         every_n_epochs: Measure at the end of every so many epochs.
         every_n_steps: Measure after every so many optimizer steps, at the end of the batch that reaches them.
+        cut_counts: Whether a text that a limit has cut can be right; else it is wrong without a question.
         samples: How many prompts' texts TensorBoard shows.
 
     Raises:
@@ -58,6 +59,7 @@ class DecodingEvaluation(pl.Callback):
         name: str | None = None,
         every_n_epochs: int | None = None,
         every_n_steps: int | None = None,
+        cut_counts: bool = False,
         samples: int = 4,
     ) -> None:
         if isinstance(prompts, str) or not prompts:
@@ -65,7 +67,7 @@ class DecodingEvaluation(pl.Callback):
         check_intervals(_OWNER, every_n_epochs, every_n_steps)
         self.decoder, self.verifier, self.tokenizer = decoder, verifier, tokenizer
         self.drafts = [Draft("", prompt=prompt, problem=place) for place, prompt in enumerate(prompts)]
-        self.network, self.name, self.samples = network, name, samples
+        self.network, self.name, self.cut_counts, self.samples = network, name, cut_counts, samples
         self.every_n_epochs, self.every_n_steps = every_n_epochs, every_n_steps
         self.history: list[dict[str, float]] = []
         self.texts: list[str] = []
@@ -138,10 +140,11 @@ class DecodingEvaluation(pl.Callback):
         if not drafts:
             return []
         result = self.decoder.decode(model, self.tokenizer, drafts)
-        found = [one for pool in result.pool for one in pool]
-        right = dict(zip(map(id, found), map(bool, self.verifier([one.draft for one in found])), strict=True))
+        found = [one for pool in result.pool for one in pool if one.viable and (one.finished or self.cut_counts)]
+        said = self.verifier([one.draft for one in found]) if found else []
+        right = dict(zip(map(id, found), map(bool, said), strict=True))
         return [
-            _row(draft, pool, [right[id(one)] for one in pool], usage.tokens)
+            _row(draft, pool, [right.get(id(one), False) for one in pool], usage.tokens)
             for draft, pool, usage in zip(drafts, result.pool, result.usage, strict=True)
         ]
 

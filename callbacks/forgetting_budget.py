@@ -133,7 +133,8 @@ class ForgettingBudget(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if trainer.global_step % self.every_n_steps == 0 and trainer.global_step != self._measured_at:
+        # A batch of several optimizers takes several steps, and may pass by a multiple.
+        if trainer.global_step // self.every_n_steps > self._measured_at // self.every_n_steps:
             self._check(trainer, pl_module)
 
     @override

@@ -68,7 +68,7 @@ class ForgettingEvaluation(pl.Callback):
         self.history: list[dict[str, Any]] = []
         self.before: dict[str, float] = {}
         self.after: dict[str, float] = {}
-        self._measured_at = -1
+        self._measured_at = self._seen = -1
 
     @property
     def state_key(self) -> str:
@@ -90,6 +90,7 @@ class ForgettingEvaluation(pl.Callback):
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._seen = trainer.global_step
         if not self.before or trainer.global_step == 0:  # a resumed run keeps the baseline of its first start
             self.before, self.history = {}, []
             self._measure(trainer, pl_module)
@@ -98,8 +99,9 @@ class ForgettingEvaluation(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        every = self.every_n_steps
-        due = every and trainer.global_step % every == 0 and trainer.global_step != self._measured_at
+        before, self._seen = self._seen, trainer.global_step
+        every = self.every_n_steps  # a batch of several optimizers takes several steps, and may pass by a multiple
+        due = every and self._seen // every > before // every and self._seen != self._measured_at
         if due and self.time.allows():
             self._measure(trainer, pl_module)
 

@@ -45,6 +45,23 @@ class Toy(pl.LightningModule):
         return DataLoader(rows(24, dtype=self.dtype), 6, shuffle=True)
 
 
+class StepsTwice(Toy):
+    """Two optimizers step in each batch, so that the number of steps jumps by two."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        for optimizer in self.optimizers():
+            optimizer.zero_grad()
+            self.manual_backward(super().training_step(batch, batch_idx))
+            optimizer.step()
+
+    def configure_optimizers(self):
+        return [torch.optim.SGD(part.parameters(), 0.1) for part in (self.backbone, self.head)]
+
+
 def weights(module: nn.Module) -> dict[str, torch.Tensor]:
     """A copy of all parameters and buffers."""
     return {name: value.detach().clone() for name, value in module.state_dict().items()}

@@ -145,7 +145,7 @@ def _continued(model: Any, prompts: list[list[int]], options: Mapping[str, Any])
     from transformers import GenerationConfig  # noqa: PLC0415 - slow to import
 
     longest, device, own = max(map(len, prompts)), _device(model), model.generation_config
-    ends = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
+    ends = own.eos_token_id if isinstance(own.eos_token_id, Sequence) else [own.eos_token_id]
     padding = next((token for token in (own.pad_token_id, *ends) if token is not None), 0)
     ids = torch.tensor([[padding] * (longest - len(prompt)) + prompt for prompt in prompts], device=device)
     counts = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)

@@ -28,8 +28,8 @@ def custom_generate(search: BeamSearch, tokenizer: Any) -> Callable[..., Tensor]
         tokenizer: The model's.
 
     Raises:
-        ValueError: When run, for ``num_beams`` above 1 in ``generate`` (the search has its own), for stopping criteria of other
-            kinds, and where there are fewer texts than ``num_return``.
+        ValueError: When run, for ``num_beams`` above 1 in ``generate`` (the search has its own), for ``return_dict_in_generate``,
+            for stopping criteria of other kinds, and where there are fewer texts than ``num_return``.
     """
 
     def run(
@@ -44,6 +44,11 @@ def custom_generate(search: BeamSearch, tokenizer: Any) -> Callable[..., Tensor]
             raise ValueError(
                 f"custom_generate: num_beams={generation_config.num_beams} was given to generate, which repeats prompts; leave it "
                 f"out, the search has num_beams={search.num_beams}."
+            )
+        if generation_config.return_dict_in_generate:
+            raise ValueError(
+                "custom_generate: return_dict_in_generate=True, and it gives tokens alone. Leave that out; BeamSearch.decode gives "
+                "scores, too."
             )
         other = {type(one).__name__ for one in stopping_criteria or ()} - _CRITERIA
         if other:

@@ -63,13 +63,19 @@ def test_training_is_bit_for_bit_what_it_is_without(fit):
     assert len(callbacks[0].history) == 9
 
 
-def test_what_is_logged_is_what_the_decoder_writes_with_the_weights_there_are(fit):
-    net, decoder = Writer(), BestOfN(n=3, max_new_tokens=6)
-    seen = evaluation(decoder)
+@pytest.mark.parametrize("cut_counts", [False, True])
+def test_what_is_logged_is_what_the_decoder_writes_with_the_weights_there_are(fit, cut_counts):
+    net, decoder, asked = Writer(), BestOfN(n=3, max_new_tokens=6), []
+
+    def verifier(texts):
+        asked.extend(texts)
+        return short(texts)
+
+    seen = evaluation(decoder, verifier, cut_counts=cut_counts)
     trainer = fit(net, seen, epochs=2)
     result = decoder.decode(net.model, tokenizer(), PROMPTS)
     assert seen.texts == result.texts
-    right = [[len(one.text) < 12 for one in pool] for pool in result.pool]
+    right = [[len(one.text) < 12 and (one.finished or cut_counts) for one in pool] for pool in result.pool]
     expected = {
         "accuracy": sum(one[0] for one in right) / 3,
         "coverage": sum(map(any, right)) / 3,
@@ -80,6 +86,10 @@ def test_what_is_logged_is_what_the_decoder_writes_with_the_weights_there_are(fi
         assert float(trainer.callback_metrics[f"decoding/{key}"]) == pytest.approx(value)
         assert seen.history[-1][key] == pytest.approx(value)
     assert seen.history[0] != seen.history[-1]
+    last = [one.draft for pool in result.pool for one in pool if one.finished or cut_counts]
+    assert [str(draft) for draft in asked[len(asked) - len(last) :]] == list(map(str, last))
+    assert any(one.finished for pool in result.pool for one in pool)
+    assert not all(one.finished for pool in result.pool for one in pool)
 
 
 @pytest.mark.parametrize(

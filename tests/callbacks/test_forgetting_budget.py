@@ -15,7 +15,9 @@ from torchmetrics.classification import MulticlassAccuracy
 from lightning_peft.callbacks import ExactResume, ForgettingEvaluation, OldTask, ReplayMixing
 from lightning_peft.callbacks.forgetting_budget import ForgettingBudget
 from lightning_peft.data.ratio_controller import RatioController
-from tests.toy import same, weights
+from tests.old_tasks import accuracy
+from tests.old_tasks import accuracy
+from tests.toy import StepsTwice, same, weights
 
 
 def points(count, seed, *, turned=False):
@@ -103,6 +105,12 @@ def test_the_ratio_follows_what_is_used_and_the_budget_is_kept(fit):
     assert [change[1] for change in mixing.ratio.changes[1:]] == [entry["ratio"] for entry in budget.history]
     steady = RatioController()
     assert [steady.update(entry["used"]["old"]) for entry in budget.history] == [e["ratio"] for e in budget.history]
+
+
+def test_no_interval_is_skipped_where_steps_jump(fit):
+    budget = ForgettingBudget(1.0, tasks={"old": accuracy()}, action="warn", every_n_steps=3)
+    fit(StepsTwice(), budget, epochs=2)
+    assert [entry["step"] for entry in budget.history] == [4, 6, 10, 12, 16]
 
 
 def test_of_several_tasks_the_one_that_has_used_up_most_decides(fit):

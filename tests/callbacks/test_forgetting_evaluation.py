@@ -18,7 +18,7 @@ from lightning_peft import LoRA, add_adapter
 from lightning_peft.callbacks import ForgettingEvaluation, OldTask
 from lightning_peft.callbacks.forgetting_report import draw_learned
 from tests.old_tasks import OLD, Noisy, accuracy, error, expected_accuracy, expected_error, regress
-from tests.toy import Toy, rows, same, weights
+from tests.toy import StepsTwice, Toy, rows, same, weights
 
 
 class Watch(pl.Callback):
@@ -73,6 +73,12 @@ def test_nothing_is_forgotten_while_nothing_learns(fit, net):
     measure = ForgettingEvaluation({"a": accuracy(), "e": error()}, every_n_steps=1)
     fit(net, measure)
     assert measure.forgetting == {"a": 0.0, "e": 0.0}
+
+
+def test_no_interval_is_skipped_where_steps_jump(fit):
+    measure = ForgettingEvaluation({"old": accuracy()}, every_n_steps=3)
+    fit(StepsTwice(), measure, epochs=2)
+    assert [entry["step"] for entry in measure.history] == [0, 4, 6, 10, 12, 16]
 
 
 @pytest.mark.parametrize(

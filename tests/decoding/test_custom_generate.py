@@ -36,5 +36,7 @@ def test_what_would_be_ignored_is_refused():
     run = BeamSearch().as_custom_generate(tokenizer())
     with pytest.raises(ValueError, match="num_beams=2 was given to generate"):
         net.generate(**inputs, max_new_tokens=4, num_beams=2, custom_generate=run)
+    with pytest.raises(ValueError, match="return_dict_in_generate=True, and it gives tokens alone"):
+        net.generate(**inputs, max_new_tokens=4, return_dict_in_generate=True, custom_generate=run)
     with pytest.raises(ValueError, match="MaxTimeCriteria"):
         net.generate(**inputs, max_new_tokens=4, max_time=9.0, custom_generate=run)
