@@ -16,7 +16,6 @@ from lightning_peft.callbacks import ExactResume, ForgettingEvaluation, OldTask,
 from lightning_peft.callbacks.forgetting_budget import ForgettingBudget
 from lightning_peft.data.ratio_controller import RatioController
 from tests.old_tasks import accuracy
-from tests.old_tasks import accuracy
 from tests.toy import StepsTwice, same, weights
 
 
