@@ -241,6 +241,17 @@ def test_nothing_that_outlasts_a_program_is_made_and_no_key_is_asked_for(run, wh
     assert run(program + GOOD).kind == "passed"
 
 
+@pytest.mark.parametrize(
+    "number", [452, 463, 466, 469], ids=["fchmodat2", "setxattrat", "removexattrat", "file_setattr"]
+)
+def test_attributes_of_files_are_not_changed_by_the_calls_of_newer_kernels_either(run, number):
+    program = "import ctypes\nlibc = ctypes.CDLL(None, use_errno=True)\n"
+    program += (
+        f"assert libc.syscall({number}, -100, b'.', 0, 0, 0, 0) == -1 and ctypes.get_errno() == 1, ctypes.get_errno()\n"
+    )
+    assert run(program + GOOD).kind == "passed"
+
+
 def test_secrets_of_the_environment_are_not_handed_on(run, monkeypatch):
     monkeypatch.setenv("SECRET", "hunter2")
     assert run("import os\nassert 'SECRET' not in os.environ\n" + GOOD).kind == "passed"

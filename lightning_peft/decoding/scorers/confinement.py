@@ -34,8 +34,9 @@ _LANDLOCK = {"create": 444, "add": 445, "restrict": 446}
 # times and attributes of files, which Landlock does not know; then shmget, semget, msgget (memory that no limit counts, and that
 # stays), add_key, request_key, keyctl (the user's keys), setpriority, sched_setparam, sched_setscheduler, sched_setaffinity,
 # ioprio_set, sched_setattr (the user's other processes).
-_X86_FILES = (90, 91, 92, 93, 94, 132, 188, 189, 190, 197, 198, 199, 235, 260, 261, 268, 280, 452)
-_ARM_FILES = (5, 6, 7, 14, 15, 16, 52, 53, 54, 55, 88, 452)
+_NEW_FILES = (452, 463, 466, 469)  # fchmodat2, setxattrat, removexattrat, file_setattr: of one number everywhere
+_X86_FILES = (90, 91, 92, 93, 94, 132, 188, 189, 190, 197, 198, 199, 235, 260, 261, 268, 280, *_NEW_FILES)
+_ARM_FILES = (5, 6, 7, 14, 15, 16, 52, 53, 54, 55, 88, *_NEW_FILES)
 _X86_SHARED = (29, 64, 68, 248, 249, 250, 141, 142, 144, 203, 251, 314)
 _ARM_SHARED = (194, 190, 186, 217, 218, 219, 140, 118, 119, 122, 30, 274)
 _SYSCALLS = {
