@@ -5,8 +5,10 @@ PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= $(shell grep '^torch==' constraints.txt)
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
-# A test that hangs says where, and ends the run, rather than to wait for ever.
-PYTEST := -m pytest -q -o faulthandler_timeout=1200 -o faulthandler_exit_on_timeout=true
+# Two processes of one thread take half as long as one of two: the tests are many and small.
+JOBS ?= 2
+# A test that hangs says where, and ends its process, rather than to wait for ever.
+PYTEST := -m pytest -q -n $(JOBS) --dist loadfile -o faulthandler_timeout=1200 -o faulthandler_exit_on_timeout=true
 RUN := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(VENV)/bin/python
 READY := $(VENV)/.ready
 OLDEST := .venv-oldest
@@ -20,10 +22,10 @@ demo: $(READY)  ## run the main job: three arms, a table, a picture, TensorBoard
 	$(RUN) -m lightning_peft.recipes.sentiment
 
 test: $(READY)  ## run the tests
-	$(RUN) $(PYTEST)
+	OMP_NUM_THREADS=1 $(RUN) $(PYTEST)
 
 test-all: $(READY)  ## run the large matrices, which make test leaves out
-	$(RUN) $(PYTEST) -m large
+	OMP_NUM_THREADS=1 $(RUN) $(PYTEST) -m large
 
 check: $(READY)  ## lint, types, import direction
 	$(VENV)/bin/ruff check .

@@ -12,7 +12,8 @@ from torch.autograd.function import BackwardCFunction
 from torch.autograd.function import once_differentiable as once
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-_SIGNS = ("is not implemented", "does not currently support double backward")
+# The last two are of torch.compile, which says the one or the other.
+_SIGNS = ("is not implemented", "does not currently support double backward", "donated buffers")
 
 
 @contextmanager

@@ -719,7 +719,7 @@ class Compiled(MAML):
 def test_a_compiled_part_without_a_second_derivative_is_told(trainer):
     one = DataLoader(Tasks(), batch_size=1)
     with pytest.raises(
-        RuntimeError, match="Compiled: second-order .*torch.compile .*double backward.*second_order=False"
+        RuntimeError, match="Compiled: second-order .*(double backward|donated buffers).*second_order=False"
     ):
         trainer(steps=1).fit(Compiled(meta=MetaConfig(task_batching="loop")), one)
     trainer(steps=1).fit(Compiled(meta=MetaConfig(task_batching="loop", second_order=False)), one)
