@@ -66,7 +66,7 @@ def tables(
 
 
 def told(facts: Mapping[str, Sequence[Facts]]) -> str:
-    """Return how long the arms trained and which rates their tests took, by seed where these differ.
+    """Return how long the arms trained (the median over seeds) and which rates their tests took, by seed where these differ.
 
     >>> told({"maml": [{"seconds": 90.0, "rate": 0.1}, {"seconds": 92.0, "rate": 0.3}]})
     'maml: 91 s, rate 0.1, 0.3.'
@@ -75,7 +75,7 @@ def told(facts: Mapping[str, Sequence[Facts]]) -> str:
     for arm, seeds in facts.items():
         rates = [f"{one['rate']:g}" for one in seeds]
         shown = rates[:1] if len(set(rates)) == 1 else rates
-        parts.append(f"{arm}: {statistics.fmean(one['seconds'] for one in seeds):.0f} s, rate {', '.join(shown)}")
+        parts.append(f"{arm}: {statistics.median(one['seconds'] for one in seeds):.0f} s, rate {', '.join(shown)}")
     return "; ".join(parts) + "."
 
 
