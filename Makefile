@@ -7,8 +7,8 @@ TORCH ?= $(shell grep '^torch==' constraints.txt)
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 # Two processes of one thread take half as long as one of two: the tests are many and small.
 JOBS ?= 2
-# A test that hangs says where, and ends its process, rather than to wait for ever.
-PYTEST := -m pytest -q -n $(JOBS) --dist loadfile -o faulthandler_timeout=1200 -o faulthandler_exit_on_timeout=true
+# A test that hangs says where, and ends the run, rather than to wait for ever, or to be tried again by a new process.
+PYTEST := -m pytest -q -n $(JOBS) --dist loadfile --max-worker-restart 0 -o faulthandler_timeout=1200 -o faulthandler_exit_on_timeout=true
 RUN := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(VENV)/bin/python
 READY := $(VENV)/.ready
 OLDEST := .venv-oldest

@@ -39,7 +39,8 @@ class DecodingEvaluation(pl.Callback):
         name: A part of the keys, ``decoding/<name>/accuracy``, where several stand side by side.
         every_n_epochs: Measure at the end of every so many epochs.
         every_n_steps: Measure after every so many optimizer steps, at the end of the batch that reaches them.
-        cut_counts: Whether a text that a limit has cut can be right; else it is wrong without a question.
+        cut_counts: Whether a text that a limit has cut can be right; else it is wrong without a question, as is in any case one
+            that a scorer has ruled out.
         samples: How many prompts' texts TensorBoard shows.
 
     Raises:
@@ -89,6 +90,7 @@ class DecodingEvaluation(pl.Callback):
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._measured_at = min(self._measured_at, trainer.global_step)  # of an earlier fit
         if not self.history or trainer.global_step == 0:  # a resumed run goes on with what it has measured
             self.history = []
             self._measure(trainer, pl_module)

@@ -297,7 +297,12 @@ CALLBACKS: dict[str, Callable[[], pl.Callback]] = {
     "MemoryFill": lambda: MemoryFill(ReservoirBuffer(8), during="batches"),
     "ProbeBaseline": lambda: ProbeBaseline("head"),
     "DecodingEvaluation": lambda: DecodingEvaluation(
-        Greedy(max_new_tokens=2), ["a", "It", "film"], short_texts, tokenizer=tokenizer(), network="writer"
+        Greedy(max_new_tokens=2),
+        ["a", "It", "film"],
+        short_texts,
+        tokenizer=tokenizer(),
+        network="writer",
+        cut_counts=True,
     ),
     "SampleGrid": lambda: SampleGrid(drawn, count=4, every_n_steps=3),
     "LatentPlane": lambda: LatentPlane(rows(16, seed=5), encode=encoded, every_n_steps=6),

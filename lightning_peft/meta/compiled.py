@@ -12,6 +12,9 @@ from torch import Tensor, nn
 from lightning_peft.meta.inner_loop import InnerLoop, recomputed
 from lightning_peft.meta.task_losses import Params, TaskCalls
 
+_SHAPES = 64
+"""How many shapes of tasks, or other modules, torch compiles for before it gives up."""
+
 
 class CompiledRecursion:
     """What :func:`~lightning_peft.meta.inner_loop.recomputed` returns, from code that torch has compiled for one shape of tasks.
@@ -21,8 +24,8 @@ class CompiledRecursion:
         backend: Of ``torch.compile``.
 
     Raises:
-        RuntimeError: By a torch that cannot; when called, for losses that draw random numbers: a step that is computed twice would
-            draw others.
+        RuntimeError: By a torch that cannot; when called, for several steps with losses that draw random numbers: a step that is
+            computed twice would draw others.
         ValueError: When called, for adapting embeddings with a padding row: vmap gives it a gradient in all tasks but the first.
     """
 
@@ -33,8 +36,8 @@ class CompiledRecursion:
                 f"{torch.__version__}. Use compile=False."
             )
         self._owner = owner
-        # Its derivatives are all inside: torch traces autograd.grad only if asked to.
-        self._tracing = torch._dynamo.config.patch(trace_autograd_ops=True)
+        # Its derivatives are all inside: torch traces autograd.grad only if asked to. Each shape of tasks is compiled anew.
+        self._tracing = torch._dynamo.config.patch(trace_autograd_ops=True, recompile_limit=_SHAPES)
         self._compiled: Callable[..., Any] = torch.compile(recomputed, fullgraph=True, dynamic=False, backend=backend)
 
     def __call__(self, loop: InnerLoop, calls: TaskCalls, inner: Params, others: Sequence[Tensor]) -> Any:
@@ -46,11 +49,16 @@ class CompiledRecursion:
                     "compile=False, or leave it out by adapt=."
                 )
         before = torch.get_rng_state()
+        # As tensors, weights that change from epoch to epoch are no new code.
+        weights = [None if weight is None else torch.tensor(weight, dtype=torch.float64) for weight in loop.weights]
         with self._tracing:
-            found = self._compiled(replace(loop, generators=None), calls, inner, others, keep_last=True)
-        if loop.generators is not None and not torch.equal(before, torch.get_rng_state()):
+            found = self._compiled(
+                replace(loop, weights=weights, generators=None), calls, inner, others, keep_last=True
+            )
+        twice = loop.steps > 1 and loop.generators is not None
+        if twice and not torch.equal(before, torch.get_rng_state()):
             raise RuntimeError(
-                f"{self._owner}: MetaConfig(compile=True) and losses that draw random numbers, as of dropout: a step is computed "
-                "twice, and would draw others. Use compile=False, or no dropout."
+                f"{self._owner}: MetaConfig(compile=True) with several steps, and losses that draw random numbers, as of dropout: "
+                "a step is computed twice, and would draw others. Use compile=False, or no dropout."
             )
         return found

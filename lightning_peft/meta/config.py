@@ -32,8 +32,8 @@ class MetaConfig:
         task_batching: ``"stacked"``: all tasks in one forward; ``"loop"``: one by one, for what cannot be vectorised, and with the
             least memory.
         task_chunk: Tasks that are stacked at a time; unset, all.
-        memory: ``"graph"`` keeps the graph of all inner steps; ``"recompute"`` that of one, and computes each step twice: the same
-            gradients, to rounding.
+        memory: ``"graph"`` keeps the graph of all inner steps; ``"recompute"`` that of one, and computes each step twice (compiled,
+            each but the last): the same gradients, to rounding.
         norm_stats: What normalisation with running statistics uses: those of the ``"batch"`` (as in the MAML paper: query rows
             then see each other, so results are transductive; say so beside them), ``"frozen"`` running ones, or running ones of
             their own for each inner step, ``"per_step"``.

@@ -17,6 +17,7 @@ from lightning_peft.meta.inner_rates import Rate
 from lightning_peft.meta.task_losses import Params, TaskCalls
 from lightning_peft.randomness import RandomState
 
+Weight = float | Tensor | None
 Losses = Callable[[Params, int], Tensor]
 """Losses ``(tasks,)`` under weights after so many steps."""
 
@@ -30,7 +31,7 @@ class InnerLoop:
         query: Losses that the result is judged by.
         rate: Rate of a step.
         steps: How many.
-        weights: How much the query loss after each step counts.
+        weights: How much the query loss after each step counts; None where it is not asked for.
         second_order: Whether the inner gradients are differentiated.
         generators: Takes down the state of the random generators, and goes back to it if given one; a step that is computed twice
             then draws the same dropout. None where nothing is drawn.
@@ -40,7 +41,7 @@ class InnerLoop:
     query: Losses
     rate: Callable[[int], Rate]
     steps: int
-    weights: Sequence[float]
+    weights: Sequence[Weight]
     second_order: bool = True
     generators: Callable[[RandomState | None], RandomState] | None = None
 
@@ -86,9 +87,10 @@ def meta_loss(loop: InnerLoop, parameters: Params) -> Outcome:
     for t in range(loop.steps):
         parameters, losses = loop.step(parameters, t)
         support.append(losses.detach())
-        if loop.weights[t]:
+        weight = loop.weights[t]
+        if weight is not None:
             query = loop.query(parameters, t + 1)
-            totals.append(query if loop.weights[t] == 1 else loop.weights[t] * query)
+            totals.append(query if weight == 1 else weight * query)
     assert query is not None
     return Outcome(totals[0] if len(totals) == 1 else torch.stack(totals).sum(0), query.detach(), support)
 
@@ -120,15 +122,16 @@ def recomputed(
         support.append(losses.detach())
     kept = list(following.values()) if keep_last else None
     del following, losses  # they would outlive what is popped below
-    queries: list[tuple[float, Tensor]] = []
+    queries: list[tuple[float | Tensor, Tensor]] = []
     v: list[Tensor | None] = [None] * len(parameters)
     rest: list[Tensor | None] = [None] * len(others)
     for t in reversed(range(loop.steps)):
         reached = path.pop()
-        if loop.weights[t]:
+        weight = loop.weights[t]
+        if weight is not None:
             query = loop.query(reached, t + 1)
-            queries.append((loop.weights[t], query.detach()))
-            _through([query.sum() * loop.weights[t]], reached, others, None, (v, rest))
+            queries.append((weight, query.detach()))
+            _through([query.sum() * weight], reached, others, None, (v, rest))
             del query
         del reached
         before, v = v, [None] * len(v)

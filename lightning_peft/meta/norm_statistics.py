@@ -112,16 +112,17 @@ class StepStatistics(nn.Module):
                 getattr(self, f"{kind}_{i}")[step].lerp_(value, 0.1 if momentum is None else momentum)
 
     @contextmanager
-    def at(self, module: nn.Module, step: int) -> Iterator[None]:
+    def at(self, parts: Parts, step: int) -> Iterator[None]:
         """Normalise by the running statistics of a step."""
-        layers = [module.get_submodule(name) for name in self.layers]
+        named = dict(parts)
+        layers = [named[name] for name in self.layers]
         kept = [dict(layer._buffers) for layer in layers]
         for i, layer in enumerate(layers):
             for kind in ("running_mean", "running_var"):
                 own: Tensor = getattr(self, f"{kind}_{i}")
                 layer._buffers[kind] = own[min(step, len(own) - 1)]
         try:
-            with frozen_statistics(tree(module)):
+            with frozen_statistics(parts):
                 yield
         finally:
             for layer, buffers in zip(layers, kept, strict=True):

@@ -19,7 +19,7 @@ from lightning_peft.meta.episode import Episode
 from lightning_peft.meta.inner_loop import InnerLoop, Outcome, added, leaves, meta_loss, recomputed
 from lightning_peft.meta.inner_rates import Rate
 from lightning_peft.meta.norm_statistics import batch_statistics, frozen_statistics
-from lightning_peft.meta.places import Parts, Places, tree
+from lightning_peft.meta.places import Parts, Places
 from lightning_peft.meta.surrogate import surrogate_loss
 from lightning_peft.meta.task_losses import Params, TaskCalls
 from lightning_peft.meta.twice_differentiable import (
@@ -212,7 +212,7 @@ class MetaLearner:
             found = [self.module.query_loss(batch), self.module.query_accuracy(batch)]
             return [value for value in found if value is not None]  # vmap returns tensors only
 
-        with self._at(t):
+        with self._at(t, calls.places.parts):
             losses, *accuracy = calls.query(both, parameters)
         return self._single(losses), accuracy[0] if accuracy else None
 
@@ -237,7 +237,7 @@ class MetaLearner:
 
         def run(call: Callable[..., Any], method: Callable[[Any], Any], parameters: Params, t: int) -> Tensor:
             if statistics is None or not module.training:
-                with self._at(t):
+                with self._at(t, calls.places.parts):
                     return self._single(call(method, parameters))
             losses, found = call(statistics.recording(module, method), parameters)
             statistics.update(module, t, found)
@@ -254,7 +254,7 @@ class MetaLearner:
             query=lambda parameters, t: run(calls.query, module.query_loss, parameters, t),
             rate=lambda t: self._rate(t, list(calls.places.parameters)),
             steps=module.meta.adaptation_steps,
-            weights=weights,
+            weights=[weight or None for weight in weights],
             second_order=second_order,
             generators=self._generators if module.training else None,
         )
@@ -290,10 +290,8 @@ class MetaLearner:
         """Whether each step normalises by statistics of its own."""
         return self.module.step_statistics is not None and not self.module.training
 
-    def _at(self, t: int) -> AbstractContextManager[None]:
-        return (
-            self.normalising(t, tree(self.module)) if self._by_step else nullcontext()
-        )  # else it holds for all steps already
+    def _at(self, t: int, parts: Parts) -> AbstractContextManager[None]:
+        return self.normalising(t, parts) if self._by_step else nullcontext()  # else it holds for all steps already
 
     def normalising(self, t: int, parts: Parts) -> AbstractContextManager[None]:
         """Let normalisation layers use what ``norm_stats`` says for the weights after ``t`` steps."""
@@ -301,7 +299,7 @@ class MetaLearner:
         if kind == "frozen":
             return frozen_statistics(parts)
         statistics = self.module.step_statistics
-        return batch_statistics(parts) if statistics is None or not self._by_step else statistics.at(self.module, t)
+        return batch_statistics(parts) if statistics is None or not self._by_step else statistics.at(parts, t)
 
     @contextmanager
     def _conditions(self, places: Places, *, second_order: bool) -> Iterator[None]:
@@ -327,7 +325,7 @@ class MetaLearner:
         """Do something, and say of its errors what a user can do about them."""
         try:
             return work(*args, **kwargs)
-        except torch._dynamo.exc.TorchDynamoException as error:
+        except (torch._dynamo.exc.TorchDynamoException, torch._dynamo.exc.FailOnRecompileLimitHit) as error:
             raise RuntimeError(
                 f"{self.name}: the meta-gradient does not compile: {error}. Use MetaConfig(compile=False), or define "
                 "adaptation_loss(self, batch) without what stops it."

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from dataclasses import replace
 
 import lightning.pytorch as pl
 import pytest
@@ -90,6 +91,32 @@ def test_what_is_logged_is_what_the_decoder_writes_with_the_weights_there_are(fi
     assert [str(draft) for draft in asked[len(asked) - len(last) :]] == list(map(str, last))
     assert any(one.finished for pool in result.pool for one in pool)
     assert not all(one.finished for pool in result.pool for one in pool)
+
+
+def test_what_a_scorer_has_ruled_out_is_wrong_without_a_question(fit):
+    class Ruling(BestOfN):
+        def decode(self, *args):
+            result = super().decode(*args)
+            pool = [[replace(one, viable=False) for one in pool] for pool in result.pool]
+            return replace(result, pool=pool)
+
+    asked = []
+    seen = evaluation(
+        Ruling(n=2, max_new_tokens=4), lambda texts: asked.extend(texts) or [True] * len(texts), cut_counts=True
+    )
+    fit(Writer(), seen, steps=1)
+    assert [row["accuracy"] for row in seen.history] == [0.0, 0.0]
+    assert [row["coverage"] for row in seen.history] == [0.0, 0.0]
+    assert not asked
+
+
+def test_a_second_fit_that_begins_earlier_is_measured_again(fit, tmp_path):
+    trainer = fit(Writer(), steps=2)
+    trainer.save_checkpoint(tmp_path / "two.ckpt")
+    seen = evaluation(Greedy(max_new_tokens=2), every_n_steps=3)
+    fit(Writer(), seen, epochs=3)
+    fit(Writer(), seen, epochs=2, ckpt_path=tmp_path / "two.ckpt")
+    assert [row["step"] for row in seen.history] == [0, 3, 6, 9, 12, 3, 6]
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from lightning_peft.callbacks import ExactResume, ForgettingEvaluation, OldTask,
 from lightning_peft.callbacks.forgetting_budget import ForgettingBudget
 from lightning_peft.data.ratio_controller import RatioController
 from tests.old_tasks import accuracy
-from tests.toy import StepsTwice, same, weights
+from tests.toy import StepsTwice, Toy, same, weights
 
 
 def points(count, seed, *, turned=False):
@@ -110,6 +110,14 @@ def test_no_interval_is_skipped_where_steps_jump(fit):
     budget = ForgettingBudget(1.0, tasks={"old": accuracy()}, action="warn", every_n_steps=3)
     fit(StepsTwice(), budget, epochs=2)
     assert [entry["step"] for entry in budget.history] == [4, 6, 10, 12, 16]
+
+
+def test_a_second_fit_that_begins_earlier_is_measured_again(fit, tmp_path):
+    fit(Toy(), steps=2).save_checkpoint(tmp_path / "two.ckpt")
+    budget = ForgettingBudget(1.0, tasks={"old": accuracy()}, action="warn", every_n_steps=3)
+    fit(Toy(), budget, epochs=3)
+    fit(Toy(), budget, epochs=2, ckpt_path=tmp_path / "two.ckpt")
+    assert [entry["step"] for entry in budget.history] == [3, 6, 9, 12, 3, 6]
 
 
 def test_of_several_tasks_the_one_that_has_used_up_most_decides(fit):

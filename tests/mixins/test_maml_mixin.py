@@ -4,6 +4,7 @@ import copy
 import itertools
 import math
 import pickle
+from dataclasses import replace
 
 import lightning.pytorch as pl
 import pytest
@@ -32,6 +33,7 @@ from lightning_peft import (
 )
 from lightning_peft.callbacks import ReplayMixing
 from lightning_peft.meta import Episode
+from lightning_peft.meta.inner_loop import recomputed
 
 
 class Attention(nn.Module):
@@ -389,8 +391,71 @@ def test_a_compiled_meta_gradient_is_exact(body):
         assert distance(found, gradients(reference, by_hand(reference, batch, steps=2))) < 1e-12
 
 
+@pytest.mark.slow
+def test_weights_that_change_from_epoch_to_epoch_are_not_compiled_anew():
+    settings = {"adaptation_steps": 2, "multi_step_loss_epochs": 12}
+    module = prepared(memory="recompute", compile=True, **settings)
+    module.learner.compile_backend = "aot_eager"
+    plain, batch = prepared(**settings), episode()
+    torch._dynamo.utils.counters.clear()
+    for epoch in range(14):
+        found = gradients(module, module.learner.meta_loss(batch, epoch)[0])
+        assert distance(found, gradients(plain, plain.learner.meta_loss(batch, epoch)[0])) < 1e-12
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2  # with and without the first step's query loss
+
+
+def test_more_shapes_than_are_compiled_for_are_told(monkeypatch):
+    monkeypatch.setattr("lightning_peft.meta.compiled._SHAPES", 1)
+    torch._dynamo.reset()
+    module = prepared(adaptation_steps=1, memory="recompute", compile=True)
+    module.learner.compile_backend = "aot_eager"
+    module.learner.meta_loss(episode(2), 0)
+    with pytest.raises(RuntimeError, match="MAML: the meta-gradient does not compile: .*compile=False"):
+        module.learner.meta_loss(episode(3), 0)
+    torch._dynamo.reset()
+
+
+def test_dropout_of_a_single_compiled_step_is_drawn_once():
+    config = {"body": "dropout", "adaptation_steps": 1}
+    module, plain = prepared(memory="recompute", compile=True, **config), prepared(**config)
+    module.learner.compile_backend = "aot_eager"
+    found = []
+    for one in (module, plain):
+        torch.manual_seed(5)
+        found.append(gradients(one, one.learner.meta_loss(episode(), 0)[0]))
+    assert distance(*found) < 1e-12
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"second_order": False},
+        {"multi_step_loss_epochs": 5},
+        {"learn_inner_lr": "layer_step"},
+        {"learn_inner_lr": "parameter", "multi_step_loss_epochs": 5},
+        {"adaptation_steps": 1},
+        {"task_batching": "loop"},
+    ],
+    ids=str,
+)
+def test_a_last_step_that_is_kept_gives_the_same_gradient(settings, monkeypatch):
+    module, batch = prepared(memory="recompute", **{"adaptation_steps": 3, **settings}), episode()
+    expected = gradients(module, module.learner.meta_loss(batch, 0)[0])
+    calls = []
+
+    def kept(loop, *args):
+        counted = replace(loop, support=lambda *a: calls.append(1) or loop.support(*a))
+        return recomputed(counted, *args, keep_last=True)
+
+    monkeypatch.setattr("lightning_peft.mixins.meta_learner.recomputed", kept)
+    assert distance(gradients(module, module.learner.meta_loss(batch, 0)[0]), expected) < 1e-12
+    tasks = 3 if "task_batching" in settings else 1
+    assert len(calls) == tasks * (2 * module.meta.adaptation_steps - 1)
+
+
 def test_what_a_compiled_step_would_get_wrong_is_refused():
-    config = {"adaptation_steps": 1, "memory": "recompute", "compile": True}
+    config = {"adaptation_steps": 2, "memory": "recompute", "compile": True}
     module = prepared(body="dropout", **config)
     module.learner.compile_backend = "aot_eager"
     with pytest.raises(RuntimeError, match="losses that draw random numbers, as of dropout"):

@@ -27,9 +27,9 @@ _MS_RDONLY, _MS_NOSUID, _MS_NODEV, _MS_NOEXEC, _MS_REMOUNT, _MS_BIND, _MS_REC, _
 )  # fmt: skip
 _PR_SET_PDEATHSIG, _PR_SET_SECCOMP, _PR_CAPBSET_DROP, _PR_SET_SUBREAPER, _PR_SET_NO_NEW_PRIVS = 1, 22, 24, 36, 38
 _LANDLOCK = {"create": 444, "add": 445, "restrict": 446}
-# System calls by processor; clone is filtered by its flags, prlimit64 by its process (0 is the caller), clone3 (whose flags are out
-# of a filter's sight) is refused as unknown.
-# By processor: its number, those three, and what is refused. First socket, fork, vfork, kill, ptrace, chroot, mount, unshare,
+# System calls by processor; clone is filtered by its flags, prlimit64 by its process (0 is the caller), ioctl by its request;
+# clone3 (whose flags are out of a filter's sight) is refused as unknown.
+# By processor: its number, those four, and what is refused. First socket, fork, vfork, kill, ptrace, chroot, mount, unshare,
 # setns, process_vm_readv, process_vm_writev, io_uring_setup (which leads around a filter); then what changes the modes, owners,
 # times and attributes of files, which Landlock does not know; then shmget, semget, msgget (memory that no limit counts, and that
 # stays), add_key, request_key, keyctl (the user's keys), setpriority, sched_setparam, sched_setscheduler, sched_setaffinity,
@@ -42,15 +42,17 @@ _ARM_SHARED = (194, 190, 186, 217, 218, 219, 140, 118, 119, 122, 30, 274)
 _SYSCALLS = {
     "x86_64": (
         0xC000003E,
-        {"clone": 56, "clone3": 435, "prlimit64": 302},
+        {"clone": 56, "clone3": 435, "prlimit64": 302, "ioctl": 16},
         [41, 57, 58, 62, 101, 161, 165, 272, 308, 310, 311, 425, *_X86_FILES, *_X86_SHARED],
     ),
     "aarch64": (
         0xC00000B7,
-        {"clone": 220, "clone3": 435, "prlimit64": 261},
+        {"clone": 220, "clone3": 435, "prlimit64": 261, "ioctl": 29},
         [198, 129, 117, 51, 40, 97, 268, 270, 271, 425, *_ARM_FILES, *_ARM_SHARED],
     ),
 }
+# FS_IOC_SETFLAGS, FS_IOC32_SETFLAGS, FS_IOC_FSSETXATTR: attributes again, through a handle for reading.
+_SET_FLAGS = (0x40086602, 0x40046602, 0x401C5820)
 _CLONE_THREAD, _EPERM, _ENOSYS = 0x00010000, 1, 38
 
 
@@ -221,6 +223,11 @@ def _filter(architecture: int, numbers: dict[str, int], refused: list[int]) -> l
         (equal, 0, 4, numbers["prlimit64"]),
         (load, 0, 0, 16),
         (equal, 0, 1, 0),
+        (answer, 0, 0, allow),
+        (answer, 0, 0, refuse | _EPERM),
+        (equal, 0, 3 + len(_SET_FLAGS), numbers["ioctl"]),
+        (load, 0, 0, 24),
+        *((equal, len(_SET_FLAGS) - place, 0, request) for place, request in enumerate(_SET_FLAGS)),
         (answer, 0, 0, allow),
         (answer, 0, 0, refuse | _EPERM),
         (equal, 0, 3, numbers["clone"]),
