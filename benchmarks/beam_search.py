@@ -169,7 +169,7 @@ def goes_on(
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--models", nargs="+", choices=list(LENGTHS), default=list(LENGTHS))
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", default="benchmarks/results/beam_search.json", help="where the figures go")
     parser.add_argument("--page", help="a page whose section is written")
