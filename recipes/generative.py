@@ -48,7 +48,7 @@ class Generative:
             y_train, x_test, y_test or with images and labels.
         seeds: Runs, from seed 0 on; a seed also chooses what is held out.
         epochs: Of each generative model; what judges trains for a quarter of them.
-        samples: Images of every arm; unset, as many as there are held-out ones.
+        samples: Images of every arm; unset, as many as there are held-out ones, and arms made of those never have more.
         rows: Most training images, and most held-out ones.
         draws: Random images of the search at each size; a filter draws at most 20 times as many.
         quick: One seed, 10 epochs, 2,000 draws, 200 samples: to see that it runs.
@@ -130,9 +130,7 @@ def one_seed(images: Images, seed: int, options: Generative, rows: dict[str, Row
             bar.update()
 
         nets = train(images, seed, options.epochs, out, tick=tick)
-        bench = Bench(
-            images, nets, min(options.samples or len(images.test), len(images.test)), seed, 20 * options.draws
-        )
+        bench = Bench(images, nets, options.samples or len(images.test), seed, 20 * options.draws)
         for side in SIDES:
             if (key := f"search {side} px, seed {seed}") not in rows:
                 rows[key] = searched(images.resized(side), bench, options)

@@ -1,4 +1,4 @@
-"""What is measured of every arm of the recipe ``generative``, always on the same number of images."""
+"""What is measured of every arm of the recipe ``generative``."""
 
 from __future__ import annotations
 

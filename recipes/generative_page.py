@@ -20,7 +20,7 @@ space, k = 5. `copy`: share by which images are nearer to training images than h
 INTRODUCTION = """Does "sample something, ask a classifier" generate data? Random search, gradient ascent on the input,
 random latents of an autoencoder; then latents of the right scale, a density fitted afterwards, a VAE's prior; without a
 condition, and on a class, on half an image, on a blurred one, on a word. Models are MLPs 256-256, a pixel has a sigma of
-0.15, beta is 1; every arm has the same number of images."""
+0.15, beta is 1; every arm has as many images as are held out, or as `--samples` asks for where it can."""
 SEARCH = """The images are interpolated to each size, and a classifier is trained for it. Near is what lies no further
 from a training image than 95 % of the held-out images do. The expected draws for one are a rigorous lower bound
 (Chernoff's for each training image, summed over them), of the easiest seed. What C asks for says nothing of that: it

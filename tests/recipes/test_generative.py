@@ -326,11 +326,13 @@ def test_options_that_cannot_be_are_refused(options, message):
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_a_short_run_ends_with_its_page_and_goes_on_after_a_kill(tmp_path, capsys):
-    options = {"epochs": 2, "rows": 150, "draws": 2000, "samples": 40, "out": str(tmp_path / "out")}
+    options = {"epochs": 2, "rows": 150, "draws": 2000, "samples": 160, "out": str(tmp_path / "out")}
     rows = recipe.run(recipe.Generative(**options))
     out = tmp_path / "out"
     page = (out / "generative.md").read_text()
     printed = capsys.readouterr().out
+    assert rows["AE8, GMM, seed 0"]["images"] == 160
+    assert rows["real test images, seed 0"]["images"] == 150  # no more are held out
     for part in ("FID", "AE8, GMM", "CVAE8, word", "10^", "--epochs 2"):
         assert part in page
     assert "AE8, N(0, I): " in printed
