@@ -253,11 +253,18 @@ def test_attributes_of_files_are_not_changed_by_the_calls_of_newer_kernels_eithe
     assert run(program + GOOD).kind == "passed"
 
 
-@pytest.mark.parametrize("request_", [0x40086602, 0x40046602, 0x401C5820])
+REQUESTS = {"FS_IOC_SETFLAGS": 0x40086602, "FS_IOC_FSSETXATTR": 0x401C5820, "FS_IOC_ENABLE_VERITY": 0x40806685}
+
+
+@pytest.mark.parametrize("request_", REQUESTS.values(), ids=REQUESTS)
 def test_flags_of_files_are_not_set_through_a_handle_for_reading(run, request_):
     program = "import fcntl, os, termios\nhandle = os.open('.', os.O_RDONLY)\ntry:\n"
-    program += f"    fcntl.ioctl(handle, {request_}, bytes(32))\n    raise SystemExit(1)\n"
-    program += "except PermissionError:\n    fcntl.ioctl(handle, termios.FIOCLEX)\n"  # others are allowed
+    program += f"    fcntl.ioctl(handle, {request_}, bytes(128))\n    raise SystemExit(1)\n"
+    program += "except PermissionError:\n    fcntl.ioctl(handle, termios.FIOCLEX)\n"  # what Python needs is allowed
+    program += "    os.set_inheritable(handle, True)\n    os.isatty(handle)\n    reader, _ = os.pipe()\n"
+    program += (
+        "    os.set_blocking(reader, False)\n    assert fcntl.ioctl(reader, termios.FIONREAD, bytes(4)) == bytes(4)\n"
+    )
     assert run(program + GOOD).kind == "passed"
 
 
