@@ -51,8 +51,8 @@ _SYSCALLS = {
         [198, 129, 117, 51, 40, 97, 268, 270, 271, 425, *_ARM_FILES, *_ARM_SHARED],
     ),
 }
-# The requests of ioctl that Python itself makes: TCGETS, TCGETS2, TIOCGWINSZ, FIONREAD, FIONBIO, FIONCLEX, FIOCLEX. Others set flags
-# of files, seal them or remove subvolumes through a handle for reading, each file system by requests of its own.
+# The requests of ioctl that Python itself makes: TCGETS, TCGETS2, TIOCGWINSZ, FIONREAD, FIONBIO, FIONCLEX, FIOCLEX. Others set
+# flags of files, seal them or remove subvolumes through a handle for reading, each file system by requests of its own.
 _HARMLESS = (0x5401, 0x802C542A, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451)
 _CLONE_THREAD, _EPERM, _ENOSYS = 0x00010000, 1, 38
 
