@@ -6,6 +6,7 @@ import resource
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -14,7 +15,7 @@ import pytest
 
 from lightning_peft.data.packaged import human_eval
 from lightning_peft.decoding.draft import Draft
-from lightning_peft.decoding.scorers import RunsTests, sandbox
+from lightning_peft.decoding.scorers import RunsTests, sandbox, system_calls
 from lightning_peft.decoding.scorers.sandbox import chosen_isolation, run_program, why_not
 
 ISOLATIONS = [
@@ -266,6 +267,125 @@ def test_flags_of_files_are_not_set_through_a_handle_for_reading(run, request_):
         "    os.set_blocking(reader, False)\n    assert fcntl.ioctl(reader, termios.FIONREAD, bytes(4)) == bytes(4)\n"
     )
     assert run(program + GOOD).kind == "passed"
+
+
+REFUSED = {
+    "memory of others": "libc.shmat(0, None, 0)",
+    "messages of others": "libc.msgctl(0, 0, 0)",
+    "a queue of messages": "libc.syscall(240 if os.uname().machine == 'x86_64' else 180, b'queue', 0o102, 0o600, None)",
+    "memory that nobody counts": "mmap.mmap(-1, 4096)",
+    "a file in memory": "os.memfd_create('x')",
+    "letters to anywhere": "socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)",
+    "space beyond the limit": "libc.fallocate(open('x', 'w').fileno(), 1, ctypes.c_long(0), ctypes.c_long(1 << 31))",
+    "a lock on what is only read": "fcntl.flock(handle, fcntl.LOCK_EX)",
+    "a lease": "fcntl.fcntl(handle, fcntl.F_SETLEASE, fcntl.F_RDLCK)",
+    "a record lock": "fcntl.lockf(handle, fcntl.LOCK_SH)",
+    "life after its parent": "libc.prctl(1, 0, 0, 0, 0)",
+    "looking at others' files": "libc.inotify_init()",
+    "queues of disk work": "libc.syscall(206 if os.uname().machine == 'x86_64' else 0, 8, ctypes.byref(ctypes.c_long(0)))",
+}
+
+
+@pytest.mark.parametrize("what", REFUSED.values(), ids=REFUSED)
+def test_what_goes_around_the_walls_is_refused(run, what):
+    program = "import ctypes, fcntl, mmap, os, socket\nlibc = ctypes.CDLL(None, use_errno=True)\n"
+    program += "libc.shmat.restype = ctypes.c_ssize_t\n"
+    program += (
+        f"handle = os.open(os.__file__, os.O_RDONLY)\ntry:\n    assert {what} == -1 and ctypes.get_errno() == 1\n"
+    )
+    program += "except PermissionError:\n    pass\n"
+    assert run(program + GOOD).kind == "passed"
+
+
+def test_what_right_programs_need_is_not_refused(run):
+    program = "import asyncio, concurrent.futures, fcntl, os, sqlite3, tempfile, threading\n"
+    program += "async def one(): return 1\nassert asyncio.run(one()) == 1\n"
+    program += "with concurrent.futures.ThreadPoolExecutor(2) as pool: assert list(pool.map(abs, [-1])) == [1]\n"
+    program += "assert sqlite3.connect(':memory:').execute('select 1').fetchone() == (1,)\n"
+    program += "with tempfile.TemporaryFile() as file: file.write(b'x'); os.posix_fallocate(file.fileno(), 0, 99)\n"
+    program += "assert fcntl.fcntl(os.dup(0), fcntl.F_GETFL) >= 0\n"
+    assert run(program + GOOD).kind == "passed"
+
+
+@pytest.mark.parametrize("machine", ["x86_64", "aarch64"])
+def test_the_filter_answers_every_call_as_its_rules_say(machine):
+    lines, column = system_calls.rules(machine), ["x86_64", "aarch64"].index(machine)
+    refused = {numbers[column] for numbers in system_calls._NEVER.values()} - {None}
+    by_argument = {rule[0][column]: rule[1:] for rule in system_calls._BY_ARGUMENT.values()}
+    assert not refused & by_argument.keys()
+    architecture = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}[machine]
+    for number in range(600):
+        argument, how, values, met, unmet = by_argument.get(number, (0, 0, (), 0, 0))
+        for value in {0, 1, 2, 3, 0x801, 0x5401, 0x10000, 0x11200, 1 << 20, *values}:
+            expected = 0x50001 if number in refused else 0x7FFF0000
+            if number == 435:
+                expected = 0x50026
+            if number in by_argument:
+                hit = value in values if how == 0x15 else any(value & one for one in values)
+                expected = met if hit else unmet
+            data = {0: number, 4: architecture, 16 + 8 * argument: value}
+            assert answered(lines, data) == expected, (number, value)
+    assert answered(lines, {0: 0, 4: 1}) == answered(lines, {0: 0x40000001, 4: architecture}) == 0x80000000
+
+
+def answered(lines, data):
+    """What classic BPF comes to: loads, jumps and an answer."""
+    place, held = 0, 0
+    while True:
+        operation, yes, no, value = lines[place]
+        if operation == 0x06:
+            return value
+        if operation == 0x20:
+            held = data.get(value, 0)
+        else:
+            met = {0x15: held == value, 0x35: held >= value, 0x45: bool(held & value)}[operation]
+            place += yes if met else no
+        place += 1
+
+
+def test_folders_in_folders_are_removed(run):
+    before = set(Path(tempfile.gettempdir()).glob("program-*"))
+    program = "import os\ntry:\n    for _ in range(5000): os.mkdir('d'); os.chdir('d')\nexcept OSError: pass\n"
+    assert run(program + GOOD).kind == "passed"
+    assert set(Path(tempfile.gettempdir()).glob("program-*")) <= before
+
+
+@pytest.mark.parametrize(
+    "patch",
+    [
+        "__builtins__['abs'] = lambda value: 0",
+        "import builtins; builtins.abs = lambda value: 0",
+        "globals()['__builtins__'] = {'abs': lambda value: 0}",
+    ],
+)
+def test_builtins_that_a_program_puts_in_place_while_it_is_tested_judge_nothing(patch):
+    program = (
+        f"def double(x):\n    try:\n        {patch}\n    except (NameError, TypeError):\n        pass\n    return 9\n"
+    )
+    tests = [
+        "y = double(2)\nassert abs(y - 4) < 1e-9",
+        "def check(f):\n    y = f(2)\n    assert abs(y - 4) < 1e-9\ncheck(double)",
+    ]
+    for test in tests:
+        assert run_program(program, [test], isolation="none").kind == "failed"
+
+
+def test_a_profile_that_a_program_sets_judges_nothing():
+    program = "import sys\ndef look(frame, event, value):\n    if frame.f_code.co_filename.startswith('<test'):\n"
+    program += "        frame.f_builtins['abs'] = lambda value: 0\nsys.setprofile(look)\ndef double(x): return 9\n"
+    test = "def check(f):\n    assert abs(f(2) - 4) < 1e-9\ncheck(double)"
+    assert run_program(program, [test], isolation="none").kind == "failed"
+
+
+def test_a_program_that_keeps_every_handle_is_judged_by_what_it_does(run):
+    program = "kept = []\ntry:\n    while True: kept.append(open('x', 'w'))\nexcept OSError: pass\n"
+    assert run(program + GOOD).kind == "passed"
+
+
+def test_what_tests_define_is_there_for_the_next_ones():
+    program = "count = 0\ndef more():\n    global count\n    count += 1\n"
+    tests = ["more()\nassert count == 1\ndef twice(): more(); more()", "twice()\nassert count == 3"]
+    assert run_program(program, tests, isolation="none").kind == "passed"
 
 
 def test_secrets_of_the_environment_are_not_handed_on(run, monkeypatch):

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import ctypes
 import os
-import platform
 import resource
 import struct
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 _LIBC = ctypes.CDLL(None, use_errno=True)
@@ -27,34 +27,6 @@ _MS_RDONLY, _MS_NOSUID, _MS_NODEV, _MS_NOEXEC, _MS_REMOUNT, _MS_BIND, _MS_REC, _
 )  # fmt: skip
 _PR_SET_PDEATHSIG, _PR_SET_SECCOMP, _PR_CAPBSET_DROP, _PR_SET_SUBREAPER, _PR_SET_NO_NEW_PRIVS = 1, 22, 24, 36, 38
 _LANDLOCK = {"create": 444, "add": 445, "restrict": 446}
-# System calls by processor; clone is filtered by its flags, prlimit64 by its process (0 is the caller), ioctl by its request;
-# clone3 (whose flags are out of a filter's sight) is refused as unknown.
-# By processor: its number, those four, and what is refused. First socket, fork, vfork, kill, ptrace, chroot, mount, unshare,
-# setns, process_vm_readv, process_vm_writev, io_uring_setup (which leads around a filter); then what changes the modes, owners,
-# times and attributes of files, which Landlock does not know; then shmget, semget, msgget (memory that no limit counts, and that
-# stays), add_key, request_key, keyctl (the user's keys), setpriority, sched_setparam, sched_setscheduler, sched_setaffinity,
-# ioprio_set, sched_setattr (the user's other processes).
-_NEW_FILES = (452, 463, 466, 469)  # fchmodat2, setxattrat, removexattrat, file_setattr: of one number everywhere
-_X86_FILES = (90, 91, 92, 93, 94, 132, 188, 189, 190, 197, 198, 199, 235, 260, 261, 268, 280, *_NEW_FILES)
-_ARM_FILES = (5, 6, 7, 14, 15, 16, 52, 53, 54, 55, 88, *_NEW_FILES)
-_X86_SHARED = (29, 64, 68, 248, 249, 250, 141, 142, 144, 203, 251, 314)
-_ARM_SHARED = (194, 190, 186, 217, 218, 219, 140, 118, 119, 122, 30, 274)
-_SYSCALLS = {
-    "x86_64": (
-        0xC000003E,
-        {"clone": 56, "clone3": 435, "prlimit64": 302, "ioctl": 16},
-        [41, 57, 58, 62, 101, 161, 165, 272, 308, 310, 311, 425, *_X86_FILES, *_X86_SHARED],
-    ),
-    "aarch64": (
-        0xC00000B7,
-        {"clone": 220, "clone3": 435, "prlimit64": 261, "ioctl": 29},
-        [198, 129, 117, 51, 40, 97, 268, 270, 271, 425, *_ARM_FILES, *_ARM_SHARED],
-    ),
-}
-# The requests of ioctl that Python itself makes: TCGETS, TCGETS2, TIOCGWINSZ, FIONREAD, FIONBIO, FIONCLEX, FIOCLEX. Others set
-# flags of files, seal them or remove subvolumes through a handle for reading, each file system by requests of its own.
-_HARMLESS = (0x5401, 0x802C542A, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451)
-_CLONE_THREAD, _EPERM, _ENOSYS = 0x00010000, 1, 38
 
 
 def _call(what: str, result: int) -> int:
@@ -190,53 +162,17 @@ def _no_new_rights() -> None:
     _prctl("PR_SET_NO_NEW_PRIVS", _PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
 
 
-def can_filter() -> bool:
-    """Return whether the filter of system calls is known for this processor."""
-    return platform.machine() in _SYSCALLS and sys.maxsize > 2**32
-
-
-def forbid_calls() -> None:
-    """Refuse sockets, new processes (not threads), what reaches other processes or outlasts this one, new mounts and modes.
-
-    By a seccomp filter.
+def forbid_calls(rules: Sequence[tuple[int, int, int, int]]) -> None:
+    """Let a seccomp filter answer system calls from now on.
 
     Raises:
         OSError: Where the kernel has no filters.
     """
-    filter_ = _filter(*_SYSCALLS[platform.machine()])
-    program = b"".join(struct.pack("=HBBI", *line) for line in filter_)
+    program = b"".join(struct.pack("=HBBI", *line) for line in rules)
     held = ctypes.create_string_buffer(program)
-    record = struct.pack("HP", len(filter_), ctypes.addressof(held))
+    record = struct.pack("HP", len(rules), ctypes.addressof(held))
     _no_new_rights()
     _prctl("seccomp", _PR_SET_SECCOMP, 2, record, 0, 0)
-
-
-def _filter(architecture: int, numbers: dict[str, int], refused: list[int]) -> list[tuple[int, int, int, int]]:
-    load, equal, at_least, any_bit, answer = 0x20, 0x15, 0x35, 0x45, 0x06
-    allow, kill, refuse = 0x7FFF0000, 0x80000000, 0x00050000
-    lines = [(load, 0, 0, 4), (equal, 1, 0, architecture), (answer, 0, 0, kill), (load, 0, 0, 0)]
-    # The numbers of 32-bit pointers on x86-64 would lead around the filter.
-    lines += [(at_least, 0, 1, 0x40000000), (answer, 0, 0, kill)]
-    lines += [(equal, 0, 1, numbers["clone3"]), (answer, 0, 0, refuse | _ENOSYS)]
-    for number in refused:
-        lines += [(equal, 0, 1, number), (answer, 0, 0, refuse | _EPERM)]
-    lines += [
-        (equal, 0, 4, numbers["prlimit64"]),
-        (load, 0, 0, 16),
-        (equal, 0, 1, 0),
-        (answer, 0, 0, allow),
-        (answer, 0, 0, refuse | _EPERM),
-        (equal, 0, 3 + len(_HARMLESS), numbers["ioctl"]),
-        (load, 0, 0, 24),
-        *((equal, len(_HARMLESS) - place, 0, request) for place, request in enumerate(_HARMLESS)),
-        (answer, 0, 0, refuse | _EPERM),
-        (answer, 0, 0, allow),
-        (equal, 0, 3, numbers["clone"]),
-        (load, 0, 0, 16),
-        (any_bit, 1, 0, _CLONE_THREAD),
-        (answer, 0, 0, refuse | _EPERM),
-    ]
-    return [*lines, (answer, 0, 0, allow)]
 
 
 def limit(*, seconds: float, memory: int, files: int = 1 << 20) -> None:

@@ -21,8 +21,9 @@ class RunsTests(TextScorer):
     size and processes. What else it may do depends on ``isolation``. All processes that it leaves behind are ended.
 
     **The trap**: program and tests share a process. One that ends itself early, writes to every open file or patches builtins is
-    not taken for passed; one that walks through the harness's frames, returns what equals everything, or defines a name or puts
-    a module of its own where the tests look for Python's, can be.
+    not taken for passed; one that walks through the harness's frames or objects, returns what equals everything, or defines a
+    name or puts a module of its own where the tests look for Python's, can be. Files are limited one by one, threads of root by
+    their memory, and under Landlock what a file is called, how large it is and what marks it has is seen outside, too.
 
     Args:
         tests: For each problem (``Draft.problem``) its tests: one source, or several. A plain string is of problem 0.

@@ -16,6 +16,7 @@ import errno
 import hashlib
 import json
 import os
+import platform
 import select
 import signal
 import sys
@@ -25,7 +26,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
-import confinement  # type: ignore[import-not-found]  # stands beside this file
+import confinement  # type: ignore[import-not-found]  # both stand beside this file
+import system_calls  # type: ignore[import-not-found]
 
 del sys.path[0]
 
@@ -43,10 +45,10 @@ def main() -> None:
     else:
         confinement.adopt_orphans()
     receiver, sender = os.pipe()
-    worker = os.fork()
+    parent, worker = os.getpid(), os.fork()
     if not worker:
         os.close(receiver)
-        _first(job, seal, sender)
+        _first(job, seal, sender, parent)
     os.close(sender)
     said, status, late = _await(worker, receiver, job["timeout"])
     _end_all()
@@ -111,12 +113,15 @@ def _judge(said: bytes, status: int, seal: Any, *, late: bool) -> dict[str, Any]
     return {"kind": "exited", "detail": f"ended before its tests had, {how}", "passed": 0}
 
 
-def _first(job: dict[str, Any], seal: Any, sender: int) -> NoReturn:
+def _first(job: dict[str, Any], seal: Any, sender: int, parent: int) -> NoReturn:
     """Be the first process of the new process numbers, which all others die with; or, without them, the worker."""
     # Held here: what a program puts in the place of the system's functions, or of json's, reports nothing.
     write, leave = os.write, os._exit
+    "".encode("unicode_escape")  # looks for a file, once, for which a program may leave no handle
     try:
         confinement.die_with_parent()
+        if job["isolation"] != "namespaces" and os.getppid() != parent:
+            leave(1)  # it has ended already
         if job["isolation"] == "namespaces":
             confinement.close_file_system(Path(job["folder"]))
             worker = os.fork()
@@ -156,8 +161,8 @@ def _confine(job: dict[str, Any]) -> None:
         confinement.forbid_files(Path(job["folder"]))
     if isolation != "none":
         confinement.drop_capabilities()
-        if confinement.can_filter():
-            confinement.forbid_calls()
+        if system_calls.known():
+            confinement.forbid_calls(system_calls.rules(platform.machine()))
 
 
 def _run(program: str, tests: list[str]) -> tuple[str, int, str]:
@@ -167,8 +172,6 @@ def _run(program: str, tests: list[str]) -> tuple[str, int, str]:
     space, passed, plain = vars(module), 0, dict(vars(builtins))
     first = _raised(program, "program", space, plain)
     for place, test in enumerate(tests if first is None else ()):
-        # A copy, which a thread of the program does not know, in place of what the program calls so.
-        space["__builtins__"] = dict(plain)
         found = _raised(test, f"test {place}", space, plain)
         passed += found is None
         first = first or found
@@ -178,15 +181,22 @@ def _run(program: str, tests: list[str]) -> tuple[str, int, str]:
 
 def _raised(source: str, name: str, space: dict[str, Any], plain: dict[str, Any]) -> tuple[str, str] | None:
     """Return kind and text of what a source raised, or ``None``; builtins are the plain ones again afterwards."""
-    names, untrace = vars(builtins), sys.settrace
+    names, unwatch = vars(builtins), (sys.settrace, sys.setprofile)
     raised: BaseException | None = None
     try:
-        exec(compile(source, f"<{name}>", "exec", dont_inherit=True), space)
+        code = compile(source, f"<{name}>", "exec", dont_inherit=True)
+        # A test has builtins of its own, to which no name leads: what the program calls so, and puts there, is not asked.
+        space["__builtins__"] = names if name == "program" else dict(plain)
+        run = types.FunctionType(code, space)
+        if name != "program":
+            del space["__builtins__"]
+        run()
     except BaseException as error:
         raised = error
     # What a program puts in place of abs and the like does not judge it.
     names.update(plain)
-    untrace(None)
+    for stop in unwatch:
+        stop(None)
     return None if raised is None else (_kind(raised), f"{name}: {type(raised).__name__}: {_words(raised)}")
 
 
