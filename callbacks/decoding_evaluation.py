@@ -90,7 +90,7 @@ class DecodingEvaluation(pl.Callback):
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._measured_at = min(self._measured_at, trainer.global_step)  # of an earlier fit
+        self._measured_at = min(self._measured_at, trainer.global_step)  # it may be of an earlier fit
         if not self.history or trainer.global_step == 0:  # a resumed run goes on with what it has measured
             self.history = []
             self._measure(trainer, pl_module)

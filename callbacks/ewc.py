@@ -110,7 +110,8 @@ class EWC(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         known = dict(pl_module.named_parameters())
         if trainer.global_step == 0:
-            self.fisher, self._starts, self._logged_at = {}, {}, 0
+            self.fisher, self._starts = {}, {}
+        self._logged_at = min(self._logged_at, trainer.global_step)  # it may be of an earlier fit
         if not self.fisher:  # a resumed run has those of its first start
             chosen = self._choose(known)
             self.fisher = self._measure(trainer, pl_module, chosen)

@@ -123,7 +123,8 @@ class ForgettingBudget(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if "rollback" in self.action and any(isinstance(p, DTensor) for p in pl_module.parameters()):
             raise ValueError(f"{_OWNER}: action='rollback' keeps whole weights, and these are sharded. Leave it out.")
-        self._measured_at = min(self._measured_at, trainer.global_step)  # of an earlier fit
+        if self._measured_at > trainer.global_step:  # in an earlier fit, whose weights are not this one's
+            self._measured_at, self.best, self._warned = trainer.global_step, None, []
         if not self.before or trainer.global_step == 0:  # a resumed run keeps the baseline of its first start
             self.before = measure(trainer, pl_module, self.tasks)
             self.history, self.best, self._warned = [], None, []

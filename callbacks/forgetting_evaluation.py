@@ -91,6 +91,7 @@ class ForgettingEvaluation(pl.Callback):
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._seen = trainer.global_step
+        self._measured_at = min(self._measured_at, self._seen)  # it may be of an earlier fit
         if not self.before or trainer.global_step == 0:  # a resumed run keeps the baseline of its first start
             self.before, self.history = {}, []
             self._measure(trainer, pl_module)

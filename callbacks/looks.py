@@ -67,8 +67,7 @@ class Looks(pl.Callback):
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.global_step == 0:
-            self._looked_at = 0
+        self._looked_at = min(self._looked_at, trainer.global_step)  # it may be of an earlier fit
 
     @override
     def on_train_batch_end(

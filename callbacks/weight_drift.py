@@ -98,7 +98,8 @@ class WeightDrift(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         parameters = dict(pl_module.named_parameters())
         if trainer.global_step == 0:  # a resumed run keeps the start of its first one
-            self._drifts, self.values, self._looked_at = {}, {}, 0
+            self._drifts, self.values = {}, {}
+        self._looked_at = min(self._looked_at, trainer.global_step)  # it may be of an earlier fit
         self._drifts = {name: drift for name, drift in self._drifts.items() if name in parameters}
         for name, drift in self._drifts.items():
             drift.place(parameters[name])  # a fresh copy of what came with a checkpoint

@@ -48,7 +48,8 @@ class CompiledRecursion:
                     f"{self._owner}: MetaConfig(compile=True) cannot adapt an embedding with padding_idx={owner.padding_idx}. Use "
                     "compile=False, or leave it out by adapt=."
                 )
-        before = torch.get_rng_state()
+        device = next(iter(inner.values())).device
+        before = _generators(device)
         # As tensors, weights that change from epoch to epoch are no new code.
         weights = [None if weight is None else torch.tensor(weight, dtype=torch.float64) for weight in loop.weights]
         with self._tracing:
@@ -56,9 +57,15 @@ class CompiledRecursion:
                 replace(loop, weights=weights, generators=None), calls, inner, others, keep_last=True
             )
         twice = loop.steps > 1 and loop.generators is not None
-        if twice and not torch.equal(before, torch.get_rng_state()):
+        if twice and not all(map(torch.equal, before, _generators(device))):
             raise RuntimeError(
                 f"{self._owner}: MetaConfig(compile=True) with several steps, and losses that draw random numbers, as of dropout: "
                 "a step is computed twice, and would draw others. Use compile=False, or no dropout."
             )
         return found
+
+
+def _generators(device: torch.device) -> list[Tensor]:
+    """Return the states of torch's generators that losses on a device draw from."""
+    states = [torch.get_rng_state()]
+    return [*states, torch.cuda.get_rng_state(device)] if device.type == "cuda" else states

@@ -131,7 +131,7 @@ def recomputed(
         if weight is not None:
             query = loop.query(reached, t + 1)
             queries.append((weight, query.detach()))
-            _through([query.sum() * weight], reached, others, None, (v, rest))
+            _through([(query * weight).sum()], reached, others, None, (v, rest))
             del query
         del reached
         before, v = v, [None] * len(v)

@@ -120,6 +120,17 @@ def test_a_second_fit_that_begins_earlier_is_measured_again(fit, tmp_path):
     assert [entry["step"] for entry in budget.history] == [3, 6, 9, 12, 3, 6]
 
 
+def test_a_second_fit_goes_back_to_no_weights_of_the_first(fit, tmp_path):
+    start = fit(Planes(), steps=2, limit_val_batches=0)
+    start.save_checkpoint(tmp_path / "two.ckpt")
+    budget = ForgettingBudget(0.5, tasks={"old": old()}, action="rollback", every_n_steps=3)
+    fit(Planes(), budget, steps=6, limit_val_batches=0)
+    assert budget.best is not None
+    budget._used = lambda values: {"old": 2.0}  # from now on nothing is inside
+    with pytest.warns(UserWarning, match="at no measurement were all drops inside their limits"):
+        fit(Planes(), budget, steps=6, limit_val_batches=0, ckpt_path=tmp_path / "two.ckpt")
+
+
 def test_of_several_tasks_the_one_that_has_used_up_most_decides(fit):
     tasks = {"old": old(), "safety": old(seed=5)}
     budget = ForgettingBudget({"old": 0.5, "safety": 0.01}, tasks=tasks, every_n_steps=10)

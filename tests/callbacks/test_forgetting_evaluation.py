@@ -75,6 +75,14 @@ def test_nothing_is_forgotten_while_nothing_learns(fit, net):
     assert measure.forgetting == {"a": 0.0, "e": 0.0}
 
 
+def test_a_second_fit_that_begins_earlier_is_measured_to_its_end(fit, tmp_path):
+    fit(Toy(), steps=2).save_checkpoint(tmp_path / "two.ckpt")
+    measure = ForgettingEvaluation({"old": accuracy()}, every_n_steps=4)
+    fit(Toy(), measure, steps=6)
+    fit(Toy(), measure, steps=6, ckpt_path=tmp_path / "two.ckpt")
+    assert [entry["step"] for entry in measure.history] == [0, 4, 6, 4, 6]
+
+
 def test_no_interval_is_skipped_where_steps_jump(fit):
     measure = ForgettingEvaluation({"old": accuracy()}, every_n_steps=3)
     fit(StepsTwice(), measure, epochs=2)

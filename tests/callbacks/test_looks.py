@@ -86,6 +86,16 @@ def test_it_looks_every_so_many_steps_and_after_the_last(make, fit):
 
 
 @each
+def test_a_second_fit_that_begins_earlier_is_looked_at(make, fit, tmp_path):
+    fit(Sketch(), steps=2).save_checkpoint(tmp_path / "two.ckpt")
+    callback, steps = make(3), []
+    callback._look = lambda trainer, module: steps.append(trainer.global_step)
+    fit(Sketch(), callback, steps=8)
+    fit(Sketch(), callback, steps=7, ckpt_path=tmp_path / "two.ckpt")
+    assert steps == [3, 6, 8, 3, 6, 7]
+
+
+@each
 def test_a_look_is_in_eval_mode_without_gradient_and_from_the_same_seed(make, fit):
     found = []
 

@@ -320,6 +320,15 @@ def test_it_looks_every_so_many_steps_and_after_the_last(fit, tmp_path):
             assert float(trainer.callback_metrics[f"drift/{kind}/{block}"]) == pytest.approx(value)
 
 
+def test_a_second_fit_that_begins_earlier_is_looked_at(fit, tmp_path, monkeypatch):
+    fit(Decaying(), steps=2).save_checkpoint(tmp_path / "two.ckpt")
+    drift, steps = WeightDrift(3), []
+    monkeypatch.setattr(drift, "_look", lambda trainer, module: steps.append(trainer.global_step))
+    fit(Decaying(), drift, steps=8)
+    fit(Decaying(), drift, steps=7, ckpt_path=tmp_path / "two.ckpt")
+    assert steps == [3, 6, 8, 3, 6, 7]
+
+
 class Manual(Decaying):
     """Two optimizers, stepped by hand: the step counter of the trainer goes by two."""
 
