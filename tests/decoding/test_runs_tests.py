@@ -382,6 +382,28 @@ def test_a_program_that_keeps_every_handle_is_judged_by_what_it_does(run):
     assert run(program + GOOD).kind == "passed"
 
 
+@pytest.mark.parametrize(
+    ("program", "test"),
+    [
+        ("from datetime import datetime\ndef f(s): return datetime.strptime(s, '%Y').year", "assert f('2024') == 2024"),
+        (
+            "import pickle, datetime\ndef f(d): return pickle.loads(pickle.dumps(d))",
+            "import datetime\nd = datetime.date(2024, 1, 1)\nassert f(d) == d",
+        ),
+        ("import re\nP = re.compile('(a)')\ndef f(s): return P.sub(r'<\\1>', s)", "assert f('a') == '<a>'"),
+        ("def f(x): return eval('abs(x)', globals(), {'x': x})", "assert f(-1) == 1 and callable(__builtins__['abs'])"),
+        (
+            "import concurrent.futures, time\ndef f(n):\n    with concurrent.futures.ThreadPoolExecutor(n) as pool:\n"
+            "        return sum(pool.map(lambda i: time.sleep(0.05) or 1, range(n)))",
+            "assert f(30) == 30",
+        ),
+    ],
+    ids=["strptime", "pickle", "re", "eval", "threads"],
+)
+def test_right_programs_pass_whatever_of_python_they_use(run, program, test):
+    assert run(program, [test]).detail == ""
+
+
 def test_what_tests_define_is_there_for_the_next_ones():
     program = "count = 0\ndef more():\n    global count\n    count += 1\n"
     tests = ["more()\nassert count == 1\ndef twice(): more(); more()", "twice()\nassert count == 3"]

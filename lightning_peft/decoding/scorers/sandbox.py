@@ -139,6 +139,7 @@ def _child(job: dict[str, Any], timeout: float) -> dict[str, Any]:
     command = [sys.executable, "-I", "-B", str(_CHILD)]
     # What a process was started with stays in its memory, where a program can read it. Some Pythons need this one to start.
     environment = {name: value for name, value in os.environ.items() if name == "LD_LIBRARY_PATH"}
+    environment["MALLOC_ARENA_MAX"] = "1"  # else each thread takes 64 MiB of the address space that is allowed
     try:
         run = subprocess.run(
             command,

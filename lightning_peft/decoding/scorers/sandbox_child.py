@@ -179,18 +179,24 @@ def _run(program: str, tests: list[str]) -> tuple[str, int, str]:
     return kind, passed, detail
 
 
+class _Plain(dict[str, Any]):
+    """Builtins that stay as they are."""
+
+    def _kept(self, *_: Any, **__: Any) -> NoReturn:
+        raise TypeError("these builtins cannot be changed")
+
+    __setitem__ = __delitem__ = __ior__ = update = pop = popitem = clear = setdefault = _kept
+
+
 def _raised(source: str, name: str, space: dict[str, Any], plain: dict[str, Any]) -> tuple[str, str] | None:
     """Return kind and text of what a source raised, or ``None``; builtins are the plain ones again afterwards."""
     names, unwatch = vars(builtins), (sys.settrace, sys.setprofile)
     raised: BaseException | None = None
     try:
         code = compile(source, f"<{name}>", "exec", dont_inherit=True)
-        # A test has builtins of its own, to which no name leads: what the program calls so, and puts there, is not asked.
-        space["__builtins__"] = names if name == "program" else dict(plain)
-        run = types.FunctionType(code, space)
-        if name != "program":
-            del space["__builtins__"]
-        run()
+        # A test has builtins of its own, which a program that finds them cannot fill.
+        space["__builtins__"] = names if name == "program" else _Plain(plain)
+        exec(code, space)
     except BaseException as error:
         raised = error
     # What a program puts in place of abs and the like does not judge it.
