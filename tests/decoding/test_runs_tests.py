@@ -1,5 +1,6 @@
 """Programs that mean harm are stopped, and told what stopped them; none is taken for passed."""
 
+import fcntl
 import json
 import os
 import resource
@@ -277,9 +278,7 @@ REFUSED = {
     "a file in memory": "os.memfd_create('x')",
     "letters to anywhere": "socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)",
     "space beyond the limit": "libc.fallocate(open('x', 'w').fileno(), 1, ctypes.c_long(0), ctypes.c_long(1 << 31))",
-    "a lock on what is only read": "fcntl.flock(handle, fcntl.LOCK_EX)",
     "a lease": "fcntl.fcntl(handle, fcntl.F_SETLEASE, fcntl.F_RDLCK)",
-    "a record lock": "fcntl.lockf(handle, fcntl.LOCK_SH)",
     "life after its parent": "libc.prctl(1, 0, 0, 0, 0)",
     "looking at others' files": "libc.inotify_init()",
     "queues of disk work": "libc.syscall(206 if os.uname().machine == 'x86_64' else 0, 8, ctypes.byref(ctypes.c_long(0)))",
@@ -304,6 +303,9 @@ def test_what_right_programs_need_is_not_refused(run):
     program += "assert sqlite3.connect(':memory:').execute('select 1').fetchone() == (1,)\n"
     program += "with tempfile.TemporaryFile() as file: file.write(b'x'); os.posix_fallocate(file.fileno(), 0, 99)\n"
     program += "assert fcntl.fcntl(os.dup(0), fcntl.F_GETFL) >= 0\n"
+    program += "base = sqlite3.connect('base')\nbase.execute('create table a (b)')\nbase.commit()\n"
+    program += "import mmap\nwith open('x', 'wb+') as file:\n    file.write(b'abc'); file.flush()\n"
+    program += "    fcntl.flock(file, fcntl.LOCK_EX)\n    assert mmap.mmap(file.fileno(), 3)[:] == b'abc'\n"
     assert run(program + GOOD).kind == "passed"
 
 
@@ -311,18 +313,31 @@ def test_what_right_programs_need_is_not_refused(run):
 def test_the_filter_answers_every_call_as_its_rules_say(machine):
     lines, column = system_calls.rules(machine), ["x86_64", "aarch64"].index(machine)
     refused = {numbers[column] for numbers in system_calls._NEVER.values()} - {None}
-    by_argument = {rule[0][column]: rule[1:] for rule in system_calls._BY_ARGUMENT.values()}
+    by_argument = {rule.numbers[column]: rule for rule in system_calls._BY_ARGUMENT.values()}
     assert not refused & by_argument.keys()
     architecture = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}[machine]
     for number in range(600):
-        argument, how, values, met, unmet = by_argument.get(number, (0, 0, (), 0, 0))
-        for value in {0, 1, 2, 3, 0x801, 0x5401, 0x10000, 0x11200, 1 << 20, *values}:
+        rule = by_argument.get(number)
+        argument = rule.argument if rule else 0
+        for value in {
+            0,
+            1,
+            2,
+            3,
+            0x22,
+            0x23,
+            0x801,
+            0x5401,
+            0x10000,
+            0x11200,
+            1 << 20,
+            *(rule.answers if rule else ()),
+        }:
             expected = 0x50001 if number in refused else 0x7FFF0000
             if number == 435:
                 expected = 0x50026
-            if number in by_argument:
-                hit = value in values if how == 0x15 else any(value & one for one in values)
-                expected = met if hit else unmet
+            if rule:
+                expected = rule.answers.get(value & rule.mask, rule.otherwise)
             data = {0: number, 4: architecture, 16 + 8 * argument: value}
             assert answered(lines, data) == expected, (number, value)
     assert answered(lines, {0: 0, 4: 1}) == answered(lines, {0: 0x40000001, 4: architecture}) == 0x80000000
@@ -337,10 +352,24 @@ def answered(lines, data):
             return value
         if operation == 0x20:
             held = data.get(value, 0)
+        elif operation == 0x54:
+            held &= value
         else:
-            met = {0x15: held == value, 0x35: held >= value, 0x45: bool(held & value)}[operation]
+            met = {0x15: held == value, 0x35: held >= value}[operation]
             place += yes if met else no
         place += 1
+
+
+def test_locks_are_not_taken(run):
+    with open(os.__file__, "rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # a real one would wait for this one
+        assert run(f"import fcntl\nfcntl.flock(open({os.__file__!r}), fcntl.LOCK_EX)\n" + GOOD).kind == "passed"
+
+
+def test_a_folder_that_cannot_be_listed_is_removed(run):
+    before = set(Path(tempfile.gettempdir()).glob("program-*"))
+    assert run("import os\nos.mkdir('d', 0o300)\nopen('d/f', 'w').close()\n" + GOOD).kind == "passed"
+    assert set(Path(tempfile.gettempdir()).glob("program-*")) <= before
 
 
 def test_folders_in_folders_are_removed(run):
@@ -375,6 +404,25 @@ def test_a_profile_that_a_program_sets_judges_nothing():
     program += "        frame.f_builtins['abs'] = lambda value: 0\nsys.setprofile(look)\ndef double(x): return 9\n"
     test = "def check(f):\n    assert abs(f(2) - 4) < 1e-9\ncheck(double)"
     assert run_program(program, [test], isolation="none").kind == "failed"
+
+
+PATCHES = {
+    "a type of the harness": "import types\ntypes.FunctionType = lambda code, space: lambda: None",
+    "a codec": "import codecs, encodings\nclass E(bytes):\n    def __radd__(self, other): return b'passed 2 '\n"
+    "codecs.unregister(encodings.search_function)\n"
+    "codecs.register(lambda name: codecs.CodecInfo(lambda text, errors='': (E(b''), 0), None) if 'escape' in name else None)",
+    "an audit hook": "import builtins, sys\nsys.addaudithook(lambda event, given: event == 'sys.setprofile' and "
+    "setattr(builtins, 'compile', lambda *a, **k: (lambda: 0).__code__))",
+    "settrace of its own": "import builtins, sys\nsys.settrace = lambda f: setattr(builtins, 'compile', "
+    "lambda *a, **k: (lambda: 0).__code__)",
+    "exec": "import builtins\nbuiltins.exec = lambda *a: None",
+}
+
+
+@pytest.mark.parametrize("patch", PATCHES.values(), ids=PATCHES)
+def test_what_a_program_puts_in_the_place_of_pythons_own_does_not_judge_it(patch):
+    program = f"{patch}\ndef double(x): return 0\n"
+    assert run_program(program, ["import math", TEST], isolation="none").kind == "failed"
 
 
 def test_a_program_that_keeps_every_handle_is_judged_by_what_it_does(run):

@@ -26,6 +26,7 @@ _MS_RDONLY, _MS_NOSUID, _MS_NODEV, _MS_NOEXEC, _MS_REMOUNT, _MS_BIND, _MS_REC, _
     1, 2, 4, 8, 32, 4096, 16384, 1 << 18,
 )  # fmt: skip
 _PR_SET_PDEATHSIG, _PR_SET_SECCOMP, _PR_CAPBSET_DROP, _PR_SET_SUBREAPER, _PR_SET_NO_NEW_PRIVS = 1, 22, 24, 36, 38
+_PR_SET_THP_DISABLE = 41
 _LANDLOCK = {"create": 444, "add": 445, "restrict": 446}
 
 
@@ -183,6 +184,7 @@ def limit(*, seconds: float, memory: int, files: int = 1 << 20) -> None:
         memory: In bytes, of address space.
         files: In bytes, of each file that is written.
     """
+    _prctl("PR_SET_THP_DISABLE", _PR_SET_THP_DISABLE, 1, 0, 0, 0)  # a large page holds more memory than it counts for
     cpu = int(seconds) + 1
     for what, most in (
         (resource.RLIMIT_CPU, cpu),
@@ -190,6 +192,7 @@ def limit(*, seconds: float, memory: int, files: int = 1 << 20) -> None:
         (resource.RLIMIT_FSIZE, files),
         (resource.RLIMIT_NOFILE, 64),
         (resource.RLIMIT_CORE, 0),
+        (resource.RLIMIT_SIGPENDING, 64),  # timers, of which all of a user's processes share the number
         # Does not bind root: that is what the filter of system calls is for.
         (resource.RLIMIT_NPROC, 256),
     ):

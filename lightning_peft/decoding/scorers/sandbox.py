@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -83,7 +83,9 @@ def _folder() -> Iterator[str]:
         yield folder
     finally:
         if sys.platform.startswith("linux"):  # Python's own way comes to the end of its stack, or of its handles
-            subprocess.run(["rm", "-rf", "--", folder], stderr=subprocess.DEVNULL, timeout=60, check=False)
+            with suppress(subprocess.TimeoutExpired):
+                for command in (["chmod", "-R", "u+rwx"], ["rm", "-rf"]):
+                    subprocess.run([*command, "--", folder], stderr=subprocess.DEVNULL, timeout=60, check=False)
         else:
             shutil.rmtree(folder, ignore_errors=True)
 

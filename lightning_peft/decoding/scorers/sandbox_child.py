@@ -31,6 +31,9 @@ import system_calls  # type: ignore[import-not-found]
 
 del sys.path[0]
 
+# Held from here on: what a program puts in the place of Python's own functions decides nothing.
+__builtins__ = dict(vars(builtins))  # type: ignore[assignment]
+_UNWATCH = sys.settrace, sys.setprofile
 FORBIDDEN = {errno.EPERM, errno.EACCES, errno.EROFS, errno.ENETUNREACH, errno.ENOSYS}
 
 
@@ -117,7 +120,6 @@ def _first(job: dict[str, Any], seal: Any, sender: int, parent: int) -> NoReturn
     """Be the first process of the new process numbers, which all others die with; or, without them, the worker."""
     # Held here: what a program puts in the place of the system's functions, or of json's, reports nothing.
     write, leave = os.write, os._exit
-    "".encode("unicode_escape")  # looks for a file, once, for which a program may leave no handle
     try:
         confinement.die_with_parent()
         if job["isolation"] != "namespaces" and os.getppid() != parent:
@@ -134,7 +136,7 @@ def _first(job: dict[str, Any], seal: Any, sender: int, parent: int) -> NoReturn
     else:
         report = _run(job["program"], job["tests"])
     kind, passed, detail = report
-    text = f"{kind} {passed} ".encode() + detail[:500].encode("unicode_escape")
+    text = f"{kind} {passed} {ascii(detail[:500])[1:-1]}".encode("ascii")
     seal.update(text)
     write(sender, b"\n" + text + b" " + seal.hexdigest().encode() + b"\n")
     leave(0)
@@ -170,9 +172,12 @@ def _run(program: str, tests: list[str]) -> tuple[str, int, str]:
     module = types.ModuleType("__main__")
     sys.modules["__main__"] = module
     space, passed, plain = vars(module), 0, dict(vars(builtins))
-    first = _raised(program, "program", space, plain)
-    for place, test in enumerate(tests if first is None else ()):
-        found = _raised(test, f"test {place}", space, plain)
+    # Before the program, which may listen to what is compiled.
+    codes = [_compiled(test, f"test {place}") for place, test in enumerate(tests)]
+    _let_nobody_listen()
+    first = _raised(_compiled(program, "program"), "program", space, plain)
+    for place, code in enumerate(codes if first is None else ()):
+        found = _raised(code, f"test {place}", space, plain)
         passed += found is None
         first = first or found
     kind, detail = first or ("passed", "")
@@ -188,12 +193,34 @@ class _Plain(dict[str, Any]):
     __setitem__ = __delitem__ = __ior__ = update = pop = popitem = clear = setdefault = _kept
 
 
-def _raised(source: str, name: str, space: dict[str, Any], plain: dict[str, Any]) -> tuple[str, str] | None:
-    """Return kind and text of what a source raised, or ``None``; builtins are the plain ones again afterwards."""
-    names, unwatch = vars(builtins), (sys.settrace, sys.setprofile)
+def _compiled(source: str, name: str) -> Any:
+    """Return the code of a source, or what is wrong with it."""
+    try:
+        return compile(source, f"<{name}>", "exec", dont_inherit=True)
+    except Exception as error:  # not of syntax alone: of nul bytes, of what is nested too deep
+        return error
+
+
+def _let_nobody_listen() -> None:
+    """Refuse audit hooks and monitors of a program's own: they are told of what the harness does."""
+    sys.addaudithook(_refuse_hooks)
+    if sys.version_info >= (3, 12):
+        for tool in range(6):
+            sys.monitoring.use_tool_id(tool, "sandbox")
+
+
+def _refuse_hooks(event: str, _: Any) -> None:
+    if event == "sys.addaudithook":
+        raise RuntimeError("no hooks here")
+
+
+def _raised(code: Any, name: str, space: dict[str, Any], plain: dict[str, Any]) -> tuple[str, str] | None:
+    """Return kind and text of what some code raised, or ``None``; builtins are the plain ones again afterwards."""
+    names = vars(builtins)
     raised: BaseException | None = None
     try:
-        code = compile(source, f"<{name}>", "exec", dont_inherit=True)
+        if isinstance(code, Exception):
+            raise code
         # A test has builtins of its own, which a program that finds them cannot fill.
         space["__builtins__"] = names if name == "program" else _Plain(plain)
         exec(code, space)
@@ -201,7 +228,7 @@ def _raised(source: str, name: str, space: dict[str, Any], plain: dict[str, Any]
         raised = error
     # What a program puts in place of abs and the like does not judge it.
     names.update(plain)
-    for stop in unwatch:
+    for stop in _UNWATCH:
         stop(None)
     return None if raised is None else (_kind(raised), f"{name}: {type(raised).__name__}: {_words(raised)}")
 
