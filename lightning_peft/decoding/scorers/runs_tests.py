@@ -22,7 +22,7 @@ class RunsTests(TextScorer):
 
     **The trap**: program and tests share a process. One that ends itself early, writes to every open file or patches builtins is
     not taken for passed; one that walks through the harness's frames or objects, returns what equals everything, or defines a
-    name or puts a module of its own where the tests look for Python's, can be. Files are limited one by one, threads of root by
+    name, changes a module or puts one of its own where the tests look for Python's, can be. Files are limited one by one, threads of root by
     their memory, and under Landlock what a file is called, how large it is and what marks it has is seen outside, too.
 
     Args:
