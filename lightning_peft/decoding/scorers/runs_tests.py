@@ -22,8 +22,8 @@ class RunsTests(TextScorer):
 
     **The trap**: program and tests share a process. One that ends itself early, writes to every open file or patches builtins is
     not taken for passed; one that walks through the harness's frames or objects, returns what equals everything, or defines a
-    name, changes a module or puts one of its own where the tests look for Python's, can be. Files are limited one by one, threads of root by
-    their memory, and under Landlock what a file is called, how large it is and what marks it has is seen outside, too.
+    name, changes a module or puts one of its own where the tests look for Python's, can be. Files are limited one by one, threads
+    of root by their memory, and under Landlock what a file is called, how large it is and what marks it has is seen outside, too.
 
     Args:
         tests: For each problem (``Draft.problem``) its tests: one source, or several. A plain string is of problem 0.
