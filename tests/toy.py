@@ -45,8 +45,8 @@ class Toy(pl.LightningModule):
         return DataLoader(rows(24, dtype=self.dtype), 6, shuffle=True)
 
 
-class StepsTwice(Toy):
-    """Two optimizers step in each batch, so that the number of steps jumps by two."""
+class TwoOptimizers(pl.LightningModule):
+    """Before a module: two optimizers step in each batch, so that the number of steps jumps by two."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -59,7 +59,11 @@ class StepsTwice(Toy):
             optimizer.step()
 
     def configure_optimizers(self):
-        return [torch.optim.SGD(part.parameters(), 0.1) for part in (self.backbone, self.head)]
+        halves = list(self.parameters())[::2], list(self.parameters())[1::2]
+        return [torch.optim.Adam(half, 1e-2) for half in halves]
+
+
+class StepsTwice(TwoOptimizers, Toy): ...
 
 
 def weights(module: nn.Module) -> dict[str, torch.Tensor]:

@@ -48,15 +48,14 @@ class CompiledRecursion:
                     f"{self._owner}: MetaConfig(compile=True) cannot adapt an embedding with padding_idx={owner.padding_idx}. Use "
                     "compile=False, or leave it out by adapt=."
                 )
-        device = next(iter(inner.values())).device
-        before = _generators(device)
+        device, twice = next(iter(inner.values())).device, loop.steps > 1 and loop.generators is not None
+        before = _generators(device) if twice else []
         # As tensors, weights that change from epoch to epoch are no new code.
         weights = [None if weight is None else torch.tensor(weight, dtype=torch.float64) for weight in loop.weights]
         with self._tracing:
             found = self._compiled(
                 replace(loop, weights=weights, generators=None), calls, inner, others, keep_last=True
             )
-        twice = loop.steps > 1 and loop.generators is not None
         if twice and not all(map(torch.equal, before, _generators(device))):
             raise RuntimeError(
                 f"{self._owner}: MetaConfig(compile=True) with several steps, and losses that draw random numbers, as of dropout: "

@@ -16,7 +16,7 @@ from lightning_peft.callbacks import DecodingEvaluation, ExactResume
 from lightning_peft.decoding import BeamSearch, BestOfN, Greedy
 from tests.decoding.searched import MANY_ENDS, PROMPTS
 from tests.prompts.language_nets import CAUSAL, tokenizer
-from tests.toy import same, weights
+from tests.toy import TwoOptimizers, same, weights
 
 
 class Writer(pl.LightningModule):
@@ -129,22 +129,7 @@ def test_it_measures_before_now_and_then_and_after(fit, options, steps):
     assert [row["step"] for row in seen.history] == steps
 
 
-class Twice(Writer):
-    """Two optimizers step in each batch, so that the number of steps jumps by two."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.automatic_optimization = False
-
-    def training_step(self, batch, batch_idx):
-        for optimizer in self.optimizers():
-            optimizer.zero_grad()
-            self.manual_backward(super().training_step(batch, batch_idx))
-            optimizer.step()
-
-    def configure_optimizers(self):
-        halves = list(self.parameters())[::2], list(self.parameters())[1::2]
-        return [torch.optim.Adam(half, 1e-2) for half in halves]
+class Twice(TwoOptimizers, Writer): ...
 
 
 @pytest.mark.parametrize("stopped_at", [2, 4, 8])

@@ -82,12 +82,20 @@ def _folder() -> Iterator[str]:
     try:
         yield folder
     finally:
-        if sys.platform.startswith("linux"):  # Python's own way comes to the end of its stack, or of its handles
-            with suppress(subprocess.TimeoutExpired):
-                for command in (["chmod", "-R", "u+rwx"], ["rm", "-rf"]):
-                    subprocess.run([*command, "--", folder], stderr=subprocess.DEVNULL, timeout=60, check=False)
-        else:
-            shutil.rmtree(folder, ignore_errors=True)
+        try:
+            os.rmdir(folder)  # most programs leave nothing
+        except OSError:
+            _remove(folder)
+
+
+def _remove(folder: str) -> None:
+    if not sys.platform.startswith("linux"):
+        return shutil.rmtree(folder, ignore_errors=True)
+    # Python's own way comes to the end of its stack, or of its handles.
+    with suppress(subprocess.TimeoutExpired):
+        for command in (["chmod", "-R", "u+rwx"], ["rm", "-rf"]):
+            subprocess.run([*command, "--", folder], stderr=subprocess.DEVNULL, timeout=60, check=False)
+    return None
 
 
 def chosen_isolation(isolation: Isolation) -> Isolation:
