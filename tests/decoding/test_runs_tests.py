@@ -416,13 +416,19 @@ PATCHES = {
     "settrace of its own": "import builtins, sys\nsys.settrace = lambda f: setattr(builtins, 'compile', "
     "lambda *a, **k: (lambda: 0).__code__)",
     "exec": "import builtins\nbuiltins.exec = lambda *a: None",
+    "a hook when a test runs": "import sys\nsys.addaudithook(lambda event, given: event == 'exec' and "
+    "dict.__setitem__(globals()['__builtins__'], 'abs', lambda value: 0))",
+    "exec, over and over": "import builtins, sys, threading\nsys.setswitchinterval(1e-6)\ndef fake(*a): pass\ndef again():\n"
+    "    while True: builtins.exec = fake\n[threading.Thread(target=again, daemon=True).start() for _ in range(4)]\n"
+    "import time\ntime.sleep(0.05)",
 }
 
 
 @pytest.mark.parametrize("patch", PATCHES.values(), ids=PATCHES)
 def test_what_a_program_puts_in_the_place_of_pythons_own_does_not_judge_it(patch):
     program = f"{patch}\ndef double(x): return 0\n"
-    assert run_program(program, ["import math", TEST], isolation="none").kind == "failed"
+    tests = ["import math", "assert abs(double(2) - 4) < 1e-9"]
+    assert run_program(program, tests, isolation="none").kind == "failed"
 
 
 def test_a_program_that_keeps_every_handle_is_judged_by_what_it_does(run):
